@@ -1,0 +1,71 @@
+# Two commands do all of their own set-up: `make demo` and `make test`.
+# PYTHON=... picks another interpreter for the virtual environment. On Linux, PyPI's torch brings CUDA along;
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the smaller CPU build of the same version.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+TYPECHECK := build/typecheck
+BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
+
+# Real data sets and checkpoints; tests that need them skip without.
+ifndef IMEDSAM_DATA
+ifneq ($(wildcard ../shared/.),)
+export IMEDSAM_DATA := $(abspath ../shared)
+endif
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast style quality bench clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([.a-z][a-z.-]*\):.*  ## /\1  /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "  make %-10s%s\n", name, $$0 }'
+
+.venv: $(INSTALLED)  ## make the virtual environment and install everything the other targets need
+
+# `.installing` is there only while an installation runs or after one that did not finish: then start afresh.
+$(INSTALLED): pyproject.toml setup.py constraints.txt | README.md
+	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.11 or run make PYTHON=/path/to/python3.11"; exit 1; }
+	@if test -e .venv/.installing || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "Making .venv with $(PYTHON)"; $(PYTHON) -m venv --clear .venv; fi
+	@touch .venv/.installing
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@rm .venv/.installing
+	@touch $@
+
+demo: $(INSTALLED)  ## train on drawn phantoms and leave a picture, a table and a checkpoint in outputs/demo
+	$(BIN)/python -m imedsam.training.demo --output_dir outputs/demo
+	@echo "Picture, table and checkpoint:"
+	@find outputs/demo -type f \( -name '*.png' -o -name '*.md' -o -name '*.json' -o -name '*.safetensors' \) | sort | sed 's/^/  /'
+
+# One thread per worker: two pytest workers share two cores without competing. The slow tests get all threads.
+test: test-fast  ## run all tests, the fast ones first
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+test-fast: $(INSTALLED)  ## run the tests that take a few seconds at most
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+
+style: $(INSTALLED)  ## format the code and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# mypy does not follow the editable install's import hook: it reads a plain installation instead.
+quality: $(INSTALLED)  ## check format, lint and types without changing anything
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(TYPECHECK) .
+	cd $(TYPECHECK) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p imedsam
+
+bench: $(INSTALLED)  ## run every script in benchmarks/
+ifeq ($(BENCHMARKS),)
+	@echo "There is no benchmark yet: benchmarks/ holds no Python file."
+else
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+endif
+
+clean:  ## remove what the other targets made, the virtual environment and outputs/ excepted
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

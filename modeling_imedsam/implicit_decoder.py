@@ -1,0 +1,161 @@
+"""
+The implicit segmentation decoder (paper, Section 3.4): a coarse and a fine field over the image plane.
+
+Points are (x, y) in [-1, 1]: -1 is the left or upper edge of the model's square, 1 the right or lower edge, so that
+the centre of pixel j of S lies at (2 j + 1) / S - 1. This is the frame of `grid_sample(..., align_corners=False)`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imedsam.configuration.configuration_imedsam import IMedSamConfig
+
+
+class ImplicitDecoder(nn.Module):
+    """
+    Z = (interpolated features, gamma(p), p in the prompt's frame, prompt embedding) (Eq. 5) -> coarse field ->
+    uncertainty -> fine field at the points selected (Eq. 6). This module holds the networks; `ImplicitMaskField` binds
+    them to an image and its prompts.
+    """
+
+    def __init__(self, config: IMedSamConfig):
+        super().__init__()
+        self.coordinates = CoordinateEncoding(
+            config.coordinate_octaves, config.prompt_frame_octaves if config.prompt_frame else None
+        )
+        channels = config.sam_config.mask_decoder_config.hidden_size
+        inputs = channels // 8 + self.coordinates.width + channels
+        self.coarse = CoarseField(inputs, config)
+        self.fine = FineField(inputs + config.coarse_features, config) if config.selection is not None else None
+
+    def encode(self, coordinates: Tensor, features: Tensor, frame: Tensor) -> Tensor:
+        """
+        What is known of each point but for its prompt's embedding, which all points of a prompt share.
+
+        Args:
+            coordinates: (R, N, 2).
+            features: (R, C, H, W), one map per prompt.
+            frame: (R, 4), centre (x, y) and half size (x, y) of the prompt's frame.
+
+        Returns:
+            (R, N, C + coordinate features).
+        """
+        sampled = F.grid_sample(
+            features.float(), coordinates[:, :, None].float(), padding_mode="border", align_corners=False
+        )
+        encoded = self.coordinates(coordinates, frame).to(features.dtype)
+        return torch.cat([sampled[..., 0].transpose(1, 2).to(features.dtype), encoded], dim=-1)
+
+
+class CoordinateEncoding(nn.Module):
+    """
+    gamma(p) of Eq. 4 in the image's frame, 4 L numbers; and, unless `frame_octaves` is None, the position in the
+    prompt's frame q = (p - centre) / half size, clamped to [-3, 3], raw and with its own octaves.
+    """
+
+    def __init__(self, octaves: int, frame_octaves: int | None):
+        super().__init__()
+        self.octaves, self.frame_octaves = octaves, frame_octaves
+        self.width = 4 * octaves + (0 if frame_octaves is None else 2 + 4 * frame_octaves)
+
+    def forward(self, coordinates: Tensor, frame: Tensor) -> Tensor:
+        """(R, N, 2) and (R, 4) -> (R, N, width)."""
+        encoded = [fourier_features(coordinates, self.octaves)]
+        if self.frame_octaves is not None:
+            centre, half_size = frame[:, None].split(2, dim=-1)
+            local = ((coordinates - centre) / half_size).clamp(-3.0, 3.0)
+            # The octaves run over the clamped range once: k = 0 has period 6.
+            encoded += [local, fourier_features(local / 3.0, self.frame_octaves)]
+        return torch.cat(encoded, dim=-1)
+
+
+def fourier_features(positions: Tensor, octaves: int) -> Tensor:
+    """sin and cos of 2^k pi p for k = 0 ... octaves - 1 (Eq. 4): (..., 2) -> (..., 4 octaves)."""
+    frequencies = math.pi * 2.0 ** torch.arange(octaves, device=positions.device, dtype=positions.dtype)
+    angles = (positions[..., None] * frequencies).flatten(-2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class CoarseField(nn.Module):
+    """Dec_c: Z -> hidden vector; per class a head hidden -> logit and features for the fine field."""
+
+    def __init__(self, inputs: int, config: IMedSamConfig):
+        super().__init__()
+        widths = [inputs, *config.coarse_widths]
+        self.layers = nn.ModuleList(HiddenLinear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
+        self.norms = nn.ModuleList(nn.LayerNorm(o) for o in widths[1:])
+        self.head = ClassLinear(config.num_labels, widths[-1], 1 + config.coarse_features)
+
+    def forward(self, points: Tensor, prompt: Tensor) -> Tensor:
+        """(R, N, C) and the prompts' embeddings (R, E) -> hidden vectors (R, N, D)."""
+        # The points of a prompt share its embedding: its part of the first layer is multiplied once.
+        own, shared = self.layers[0].weight.split([points.shape[-1], prompt.shape[-1]], dim=-1)
+        hidden = F.linear(points, own, self.layers[0].bias) + F.linear(prompt, shared)[:, None]
+        hidden = F.relu(self.norms[0](hidden))
+        for layer, norm in zip(self.layers[1:], self.norms[1:], strict=True):
+            hidden = F.relu(norm(layer(hidden)))
+        return hidden
+
+
+class FineField(nn.Module):
+    """Dec_f: Z and the coarse features -> refined logit. The head is the class's own."""
+
+    def __init__(self, inputs: int, config: IMedSamConfig):
+        super().__init__()
+        widths = [inputs, *config.fine_widths]
+        self.layers = nn.ModuleList(HiddenLinear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
+        self.head_hidden = ClassLinear(config.num_labels, widths[-1], config.fine_head_width)
+        self.head_out = ClassLinear(config.num_labels, config.fine_head_width, 1)
+
+    def forward(
+        self, points: Tensor, coarse_features: Tensor, prompt: Tensor, rows: Tensor, classes: Tensor
+    ) -> Tensor:
+        """
+        Args:
+            points: (K, C), the encoded points to refine.
+            coarse_features: (K, F).
+            prompt: (R, E), the prompts' embeddings.
+            rows: (K,), the prompt of each point.
+            classes: (K,), the class of each point.
+
+        Returns:
+            Logits, (K,).
+        """
+        inputs = torch.cat([points, coarse_features], dim=-1)
+        own, shared = self.layers[0].weight.split([inputs.shape[-1], prompt.shape[-1]], dim=-1)
+        hidden = F.relu(F.linear(inputs, own, self.layers[0].bias) + F.linear(prompt, shared)[rows])
+        for layer in self.layers[1:]:
+            hidden = F.relu(layer(hidden))
+        return self.head_out(F.relu(self.head_hidden(hidden, classes)), classes)[:, 0]
+
+
+class HiddenLinear(nn.Linear):
+    """A linear layer before a ReLU, initialised for one (He et al., 2015)."""
+
+
+class ClassLinear(nn.Module):
+    """A linear layer per class: `weight` (classes, outputs, inputs), `bias` (classes, outputs)."""
+
+    def __init__(self, classes: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(classes, outputs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, inputs: Tensor, classes: Tensor, outputs: slice = slice(None)) -> Tensor:
+        """Each row (K, inputs) through the layer of its class (K,) -> (K, outputs), or some of the outputs."""
+        weight, bias = self.weight[:, outputs], self.bias[:, outputs]
+        if weight.shape[0] == 1:
+            return F.linear(inputs, weight[0], bias[0])
+        order = classes.argsort(stable=True)
+        groups = inputs[order].split(classes.bincount(minlength=weight.shape[0]).tolist())
+        result = torch.cat([F.linear(group, w, b) for group, w, b in zip(groups, weight, bias, strict=True)])
+        return result[order.argsort()]

@@ -1,0 +1,59 @@
+"""LoRA on single projections of SAM's fused attention, and the layout of an I-MedSAM adapter."""
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from imedsam.configuration.configuration_imedsam import IMedSamConfig
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+class SplitProjection(nn.Module):
+    """SAM's fused `qkv` linear as three, so that PEFT can adapt one without the others: (..., C) -> (..., 3 C)."""
+
+    def __init__(self, width: int, bias: bool):
+        super().__init__()
+        for name in PROJECTIONS:
+            self.add_module(name, nn.Linear(width, width, bias=bias))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.cat([getattr(self, name)(hidden_states) for name in PROJECTIONS], dim=-1)
+
+
+def split_qkv(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Renames a `SamModel`'s `attn.qkv.*` to `attn.qkv.{q,k,v}_proj.*`, a third each; the rest is passed on."""
+    split = {}
+    for key, value in state_dict.items():
+        if ".attn.qkv." in key:
+            for name, part in zip(PROJECTIONS, value.chunk(3), strict=True):
+                split[key.replace(".qkv.", f".qkv.{name}.")] = part.clone()
+        else:
+            split[key] = value
+    return split
+
+
+def get_peft_config(config: IMedSamConfig) -> LoraConfig:
+    """
+    The adapter that a configuration asks for: LoRA on the image encoder, and in `modules_to_save` all else that is
+    trained, so that loading, switching and disabling act on all of it together.
+    """
+    if config.lora_rank == 0:
+        raise ValueError(
+            "Expected lora_rank of at least 1 for an adapter, got 0: such a model is trained and saved whole."
+        )
+    modules_to_save = ["prompt_encoder"]
+    if config.frequency_view is not None:
+        modules_to_save.append("frequency_branch")
+    if config.implicit_decoder:
+        modules_to_save.append("implicit_decoder")
+    if config.train_mask_decoder or not config.implicit_decoder:
+        modules_to_save.append("mask_decoder")
+    else:
+        modules_to_save += ["upscale_conv1", "upscale_layer_norm", "upscale_conv2"]
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=rf".*vision_encoder.*\.({'|'.join(config.lora_targets)})",
+        modules_to_save=modules_to_save,
+    )

@@ -1,0 +1,37 @@
+"""Segmentation losses on points or pixels, with weights for points that stand for unequal areas."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """
+    0.5 cross entropy + 0.5 Dice (paper, Eq. 8).
+
+    Args:
+        logits: (..., N), one probability per point by a sigmoid.
+        labels: (..., N), 0 or 1.
+        weights: (..., N), importance weights of the points; equal ones by default.
+
+    Returns:
+        (...,).
+    """
+    return 0.5 * cross_entropy_loss(logits, labels, weights) + 0.5 * dice_loss(logits, labels, weights)
+
+
+def cross_entropy_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted mean over the points of the binary cross entropy, (..., N) -> (...,)."""
+    loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    if weights is None:
+        return loss.mean(dim=-1)
+    return (weights * loss).sum(dim=-1) / weights.sum(dim=-1).clamp_min(1e-12)
+
+
+def dice_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, smooth: float = 1e-5) -> Tensor:
+    """1 - (2 sum p y + smooth) / (sum p + sum y + smooth), weighted sums over the points, (..., N) -> (...,)."""
+    probabilities = logits.sigmoid()
+    if weights is None:
+        weights = 1.0
+    overlap = (weights * probabilities * labels).sum(dim=-1)
+    total = (weights * probabilities).sum(dim=-1) + (weights * labels).sum(dim=-1)
+    return 1 - (2 * overlap + smooth) / (total + smooth)

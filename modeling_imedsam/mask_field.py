@@ -1,0 +1,209 @@
+"""Mask fields: logits and uncertainty as functions of a continuous position, bound to images and their prompts."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imedsam.configuration.configuration_imedsam import IMedSamConfig
+from imedsam.implicit_decoder import ImplicitDecoder
+from imedsam.rendering import RenderedMasks, pixel_centres, render
+from imedsam.uncertainty import (
+    closed_form_variance,
+    dropout_masks,
+    monte_carlo_variance,
+    selection_threshold,
+)
+
+
+@dataclass
+class FieldValues:
+    """
+    Values of a field at N points of each prompt, (B, P, M, N) each.
+
+    Args:
+        logits: the coarse field's, replaced by the fine field's where a point is selected.
+        coarse_logits: the coarse field's.
+        uncertainty: variance of the probability.
+    """
+
+    logits: Tensor
+    coarse_logits: Tensor
+    uncertainty: Tensor
+
+
+class MaskField(ABC):
+    """
+    A mask as a function of position. B images with P prompts each; M masks per prompt.
+
+    ```python
+    field = model.get_mask_field(model.get_image_embeddings(pixel_values), input_boxes=input_boxes)
+    logits, uncertainty = field(coordinates)  # anywhere
+    masks = field.render((896, 896)).logits > 0  # on a grid
+    ```
+
+    Args:
+        batch_size: B.
+        num_prompts: P.
+        device: of the field's tensors.
+    """
+
+    # Whether the points to refine are the most uncertain ones of a rendered grid (the paper's rule).
+    selects_on_the_grid = False
+
+    def __init__(self, batch_size: int, num_prompts: int, device: torch.device):
+        self.batch_size, self.num_prompts, self.device = batch_size, num_prompts, device
+
+    @abstractmethod
+    def values(self, coordinates: Tensor, point_weights: Tensor | None = None) -> FieldValues:
+        """
+        Args:
+            coordinates: (B, P, N, 2) or, for the same points of every prompt, (B, 1, N, 2); (x, y) in [-1, 1] over the
+                model's square.
+            point_weights: (B, P, N), only while training: areas that the points stand for.
+        """
+
+    def __call__(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and uncertainty at (B, P, N, 2) points (x, y) in [-1, 1]; (B, P, M, N) each."""
+        if coordinates.ndim != 4 or coordinates.shape[-1] != 2:
+            raise ValueError(
+                f"Expected coordinates of shape (B, P, N, 2), got {tuple(coordinates.shape)}: "
+                "add the image and prompt axes."
+            )
+        values = self.values(coordinates)
+        return values.logits, values.uncertainty
+
+    def render(self, output_size: Sequence[int], region: Tensor | None = None) -> RenderedMasks:
+        """
+        Evaluates the field at the pixel centres of a grid, tile by tile.
+
+        Args:
+            output_size: (height, width).
+            region: (4,) or (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] to render; the whole square by default.
+        """
+        return render(self, output_size, region)
+
+
+class ImplicitMaskField(MaskField):
+    """
+    The coarse and fine fields of the implicit decoder.
+
+    Args:
+        decoder: the networks.
+        config: dropout, uncertainty and selection.
+        features: (B P, 32, H, W), one map per prompt.
+        prompt: (B P, E), the prompts' embeddings.
+        frame: (B P, 4), centre and half size of the prompts' frames.
+        classes: (B P, M), the classes to decode.
+        batch_size: B.
+    """
+
+    def __init__(
+        self,
+        decoder: ImplicitDecoder,
+        config: IMedSamConfig,
+        features: Tensor,
+        prompt: Tensor,
+        frame: Tensor,
+        classes: Tensor,
+        batch_size: int,
+    ):
+        super().__init__(batch_size, frame.shape[0] // batch_size, frame.device)
+        self.decoder, self.config = decoder, config
+        self.features, self.prompt, self.frame, self.classes = features, prompt, frame, classes
+        self.selects_on_the_grid = config.selection == "top_k" and decoder.fine is not None
+
+    @cached_property
+    @torch.no_grad()
+    def threshold(self) -> Tensor:
+        """
+        tau, (B P, M): the fine field decides where the uncertainty exceeds it. Taken on a fixed lattice, so that the
+        field at a point does not depend on which other points are asked for.
+        """
+        side = self.config.selection_lattice
+        square = torch.tensor([[-1.0, -1.0, 1.0, 1.0]], device=self.frame.device)
+        lattice = pixel_centres((side, side), square).expand(self.frame.shape[0], -1, -1)
+        # Prompts are taken one by one, so that memory does not grow with their number.
+        uncertainty = torch.cat([self._coarse(lattice[r : r + 1], slice(r, r + 1))[3] for r in range(len(lattice))])
+        return selection_threshold(uncertainty, self.config.selection_share)
+
+    def with_threshold(self, threshold: Tensor) -> "ImplicitMaskField":
+        """The same field with another tau, (B P, M)."""
+        field = ImplicitMaskField(
+            self.decoder, self.config, self.features, self.prompt, self.frame, self.classes, self.batch_size
+        )
+        field.threshold = threshold
+        return field
+
+    def values(self, coordinates: Tensor, point_weights: Tensor | None = None) -> FieldValues:
+        points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
+        encoded, hidden, coarse, uncertainty = self._coarse(points)
+        logits = coarse
+        if self.decoder.fine is not None:
+            if self.decoder.training:
+                weights = None if point_weights is None else point_weights.flatten(0, 1)[:, None]
+                threshold = selection_threshold(uncertainty, self.config.selection_share, weights)
+            else:
+                threshold = self.threshold
+            logits = self._refine(encoded, hidden, coarse, uncertainty > threshold[..., None])
+        values = FieldValues(logits, coarse, uncertainty)
+        return FieldValues(*(v.unflatten(0, (self.batch_size, self.num_prompts)) for v in vars(values).values()))
+
+    def _coarse(self, points: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """
+        The coarse field at (R, N, 2): encoded points (R, N, C), hidden vectors after dropout (R, N, D), logits and
+        uncertainty (R, M, N). While training the logits are one dropout pass, otherwise the pass without dropout.
+        """
+        encoded = self.decoder.encode(points, self.features[rows], self.frame[rows])
+        hidden = self.decoder.coarse(encoded, self.prompt[rows])
+        head = self.decoder.coarse.head
+        classes = self.classes[rows]
+        weight, bias = head.weight[:, 0][classes], head.bias[:, 0][classes]
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            uncertainty = self._uncertainty(hidden.detach().float(), weight.float(), bias.float())
+        hidden = F.dropout(hidden, self.config.dropout, self.decoder.training)
+        logits = weight @ hidden.transpose(1, 2) + bias[..., None]
+        return encoded, hidden, logits.float(), uncertainty
+
+    def _uncertainty(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if self.config.uncertainty == "monte_carlo":
+            masks = dropout_masks(
+                self.config.monte_carlo_samples, hidden.shape[-1], self.config.dropout, hidden.device, hidden.dtype
+            )
+            return monte_carlo_variance(hidden, weight, bias, masks)
+        logits = weight @ hidden.transpose(1, 2) + bias[..., None]
+        return closed_form_variance(hidden, logits, weight, self.config.dropout)
+
+    def _refine(self, encoded: Tensor, hidden: Tensor, coarse: Tensor, selected: Tensor) -> Tensor:
+        """The fine field's logits where `selected` (R, M, N), the coarse ones elsewhere."""
+        rows, masks, points = selected.nonzero(as_tuple=True)
+        classes = self.classes[rows, masks]
+        coarse_features = self.decoder.coarse.head(hidden[rows, points], classes, slice(1, None))
+        fine = self.decoder.fine(encoded[rows, points], coarse_features, self.prompt, rows, classes)
+        return coarse.index_put((rows, masks, points), fine.to(coarse.dtype))
+
+
+class InterpolatedMaskField(MaskField):
+    """
+    A grid of logits, interpolated bilinearly: SAM's own mask decoder seen as a field. Its uncertainty is the variance
+    p (1 - p) of the label itself.
+
+    Args:
+        logits: (B, P, M, H, W).
+    """
+
+    def __init__(self, logits: Tensor):
+        super().__init__(logits.shape[0], logits.shape[1], logits.device)
+        self.logits = logits
+
+    def values(self, coordinates: Tensor, point_weights: Tensor | None = None) -> FieldValues:
+        points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
+        grid = self.logits.flatten(0, 1).float()
+        sampled = F.grid_sample(grid, points[:, :, None].float(), padding_mode="border", align_corners=False)
+        logits = sampled[..., 0].unflatten(0, (self.batch_size, self.num_prompts))
+        probability = logits.detach().sigmoid()
+        return FieldValues(logits, logits, probability * (1 - probability))

@@ -1,0 +1,168 @@
+"""Image in, masks of the image's own size out: what every front end is written on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.processing.processing_imedsam import IMedSamProcessor
+
+
+@dataclass
+class Segmentation:
+    """
+    P prompts with M masks each, on the image's pixels or on the grid that was asked for.
+
+    Args:
+        masks: (P, M, H, W), bool.
+        logits: (P, M, H, W), float32; a mask is where its logits are positive.
+        uncertainty: (P, M, H, W), float32, variance of the probability, at most 0.25.
+        scores: (P, M), float32, the Dice that each mask is expected to have by its own probabilities.
+    """
+
+    masks: np.ndarray
+    logits: np.ndarray
+    uncertainty: np.ndarray
+    scores: np.ndarray
+
+
+class IMedSamPipeline:
+    """
+    Encodes an image once and answers prompts on it. Prompts are in the image's pixels, (0, 0) being the upper left
+    corner of the upper left pixel, as in the processor.
+
+    ```python
+    pipeline = IMedSamPipeline.from_pretrained("outputs/demo")
+    pipeline.set_image(image)
+    segmentation = pipeline.predict(input_boxes=[[30, 40, 120, 160]])
+    ```
+
+    For interactive work, `add_box` and `add_point` refine one object, and `undo` takes the last of them back.
+    """
+
+    def __init__(self, model: IMedSamModel, processor: IMedSamProcessor):
+        self.model, self.processor = model.eval(), processor
+        self._image: dict[str, torch.Tensor] | None = None
+        self._history: list[tuple[str, tuple[float, ...]]] = []
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, device: str | torch.device = "cpu", **kwargs: Any
+    ) -> IMedSamPipeline:
+        """
+        Args:
+            pretrained_model_name_or_path: Hub name or folder with a model and its processor.
+            device: where to run.
+            kwargs: of `IMedSamModel.from_pretrained`.
+        """
+        model = IMedSamModel.from_pretrained(pretrained_model_name_or_path, **kwargs).to(device)
+        return cls(model, IMedSamProcessor.from_pretrained(pretrained_model_name_or_path))
+
+    def __call__(self, image: Any, **prompts: Any) -> Segmentation:
+        """`set_image` and `predict`."""
+        self.set_image(image)
+        return self.predict(**prompts)
+
+    @torch.inference_mode()
+    def set_image(self, image: Any, window: tuple[float, float] | None = None) -> None:
+        """
+        Encodes an image; what was prompted on another one is forgotten.
+
+        Args:
+            image: what the image processor takes: PIL, numpy or torch; grey, RGB or RGBA.
+            window: (low, high) of the intensities to see, for 16-bit and float images.
+        """
+        inputs = self.processor(image, **({} if window is None else {"window": window}))
+        if len(inputs["pixel_values"]) != 1:
+            raise ValueError(
+                f"Expected one image, got {len(inputs['pixel_values'])}: call the pipeline once for each of them."
+            )
+        sizes = {key: inputs[key] for key in ("original_sizes", "reshaped_input_sizes")}
+        embeddings = self.model.get_image_embeddings(
+            inputs["pixel_values"].to(self.model.device), sizes["reshaped_input_sizes"]
+        )
+        self._image = {"image_embeddings": embeddings, **sizes}
+        self._history = []
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        input_boxes: Any = None,
+        input_points: Any = None,
+        input_labels: Any = None,
+        input_masks: Any = None,
+        class_labels: Any = None,
+        output_size: Sequence[int] | None = None,
+    ) -> Segmentation:
+        """
+        Args:
+            input_boxes: boxes (x0, y0, x1, y1), or one.
+            input_points: per prompt its points (x, y).
+            input_labels: per prompt and point 1 (inside) or 0 (outside).
+            input_masks: per prompt a mask of the image's size.
+            class_labels: per prompt the index of its class; all classes by default.
+            output_size: (height, width) of the masks over the whole image; the image's own by default.
+        """
+        image = self._require_image()
+        prompts = self.processor.process_prompts(
+            image["original_sizes"],
+            image["reshaped_input_sizes"],
+            input_boxes=input_boxes,
+            input_points=input_points,
+            input_labels=input_labels,
+            input_masks=input_masks,
+            class_labels=class_labels,
+        )
+        prompts.pop("prompt_attention_mask", None)
+        prompts = {name: prompt.to(self.model.device) for name, prompt in prompts.items()}
+        field = self.model.get_mask_field(image["image_embeddings"], **prompts)
+        region = self.processor.get_image_regions(image["original_sizes"], image["reshaped_input_sizes"])
+        rendered = field.render(output_size or image["original_sizes"][0].tolist(), region)
+        logits = rendered.logits[0].cpu().numpy()
+        return Segmentation(
+            logits > 0, logits, rendered.uncertainty[0].cpu().numpy(), rendered.scores[0].cpu().numpy()
+        )
+
+    def add_box(self, box: Sequence[float]) -> Segmentation:
+        """Prompts the object with a box (x0, y0, x1, y1), instead of an earlier box."""
+        return self._add(("box", tuple(box)))
+
+    def add_point(self, point: Sequence[float], label: int = 1) -> Segmentation:
+        """Adds a point (x, y) to the object's prompts: 1 says inside, 0 outside."""
+        return self._add(("point", (*point, label)))
+
+    def undo(self) -> Segmentation | None:
+        """Takes the last `add_box` or `add_point` back; None if no prompt is left."""
+        if not self._history:
+            raise ValueError("Expected a prompt to undo, got none: use add_box or add_point first.")
+        self._history.pop()
+        return self._predict_history() if self._history else None
+
+    def _add(self, prompt: tuple[str, tuple[float, ...]]) -> Segmentation:
+        self._require_image()
+        self._history.append(prompt)
+        try:
+            return self._predict_history()
+        except ValueError:
+            self._history.pop()
+            raise
+
+    def _predict_history(self) -> Segmentation:
+        boxes = [list(values) for kind, values in self._history if kind == "box"]
+        points = [values for kind, values in self._history if kind == "point"]
+        return self.predict(
+            input_boxes=[boxes[-1:]] if boxes else None,
+            input_points=[[[list(point[:2]) for point in points]]] if points else None,
+            input_labels=[[[int(point[2]) for point in points]]] if points else None,
+        )
+
+    def _require_image(self) -> dict[str, torch.Tensor]:
+        if self._image is None:
+            raise ValueError("Expected an image to prompt on, got none: call set_image(image) first.")
+        return self._image

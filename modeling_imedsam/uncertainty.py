@@ -1,0 +1,95 @@
+"""
+Uncertainty of the coarse field under dropout (paper, Eq. 7), and the selection of the points to refine.
+
+With inverted dropout of probability p on the hidden vector h before a linear head o = w . h + b, T passes differ in
+the head alone. Their limit T -> infinity has a closed form: the logit's mean is the pass without dropout, its
+variance is p / (1 - p) * sum_j (w_j h_j)^2, exactly.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Nodes and weights with sum_i weight_i f(node_i) = E f(x) for a standard normal x and polynomials f up to degree 15.
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(8)
+_WEIGHTS = _WEIGHTS / math.sqrt(2 * math.pi)
+
+
+def closed_form_variance(hidden: Tensor, logits: Tensor, weight: Tensor, dropout: float) -> Tensor:
+    """
+    Variance of the coarse probability over dropout masks: exact for the logit, and for the probability as far as the
+    logit is normal.
+
+    Args:
+        hidden: (R, N, D), before the head, without dropout.
+        logits: (R, M, N), of the pass without dropout.
+        weight: (R, M, D), of the head.
+
+    Returns:
+        (R, M, N), in [0, 0.25].
+    """
+    return probability_variance(logits, logit_variance(hidden, weight, dropout))
+
+
+def logit_variance(hidden: Tensor, weight: Tensor, dropout: float) -> Tensor:
+    """p / (1 - p) * sum_j (w_j h_j)^2, (R, M, N) from hidden (R, N, D) and weight (R, M, D)."""
+    return dropout / (1 - dropout) * (weight.square() @ hidden.square().transpose(1, 2))
+
+
+def probability_variance(mean: Tensor, variance: Tensor) -> Tensor:
+    """Var sigmoid(x) for x ~ N(mean, variance), by Gauss-Hermite quadrature with 8 nodes."""
+    # Of -x it is the same, and a probability near 0 keeps the digits that one near 1 would lose.
+    mean, deviation = -mean.abs(), variance.sqrt()
+    probabilities = [torch.sigmoid(mean + node * deviation) for node in _NODES.tolist()]
+    expected = sum(w * p for w, p in zip(_WEIGHTS.tolist(), probabilities, strict=True))
+    return sum(w * (p - expected).square() for w, p in zip(_WEIGHTS.tolist(), probabilities, strict=True))
+
+
+def monte_carlo_variance(hidden: Tensor, weight: Tensor, bias: Tensor, masks: Tensor) -> Tensor:
+    """
+    Variance of the coarse probability over T dropout masks. The same masks serve every point, as each stands for one
+    thinned network: the uncertainty is then a function of the point alone, and a pass costs one more row of the head.
+
+    Args:
+        hidden: (R, N, D).
+        weight, bias: (R, M, D) and (R, M), of the head.
+        masks: (T, D), 0 or 1 / (1 - p).
+
+    Returns:
+        (R, M, N), in [0, 0.25]; population variance, as in Eq. 7.
+    """
+    probabilities = [torch.sigmoid((weight * mask) @ hidden.transpose(1, 2) + bias[..., None]) for mask in masks]
+    return torch.stack(probabilities).var(dim=0, correction=0)
+
+
+def dropout_masks(samples: int, width: int, dropout: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(T, D) masks of inverted dropout, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(samples, width, generator=generator) >= dropout
+    return (keep / (1 - dropout)).to(device, dtype)
+
+
+def selection_threshold(uncertainty: Tensor, share: float, weights: Tensor | None = None) -> Tensor:
+    """
+    The threshold above which lies the given share of the points, or of their weight where points stand for unequal
+    areas. With share 1 it is -inf: every point is selected.
+
+    Args:
+        uncertainty: (..., N).
+        weights: (..., N), not negative.
+
+    Returns:
+        (...,). At most the asked share of the weight lies above it.
+    """
+    if share >= 1.0:
+        return uncertainty.new_full(uncertainty.shape[:-1], -torch.inf)
+    if weights is None:
+        weights = torch.ones_like(uncertainty)
+    values, order = uncertainty.sort(dim=-1)
+    cumulative = weights.expand_as(values).gather(-1, order).cumsum(dim=-1)
+    rank = torch.searchsorted(cumulative, (1 - share) * cumulative[..., -1:].contiguous())
+    below, above = (values.gather(-1, r.clamp_max(values.shape[-1] - 1)) for r in (rank, rank + 1))
+    # Half way between two points: on a point itself, rounding would decide whether it is selected.
+    return ((below + above) / 2).squeeze(-1)

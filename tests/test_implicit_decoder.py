@@ -1,0 +1,377 @@
+"""The implicit decoder and its field: frames, encodings, networks and selection, each against something independent."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import imedsam.rendering
+from imedsam.implicit_decoder import ClassLinear, CoordinateEncoding, HiddenLinear, ImplicitDecoder, fourier_features
+from imedsam.mask_field import ImplicitMaskField
+from imedsam.prompt_fusion import Prompts
+
+CHANNELS, EMBEDDING = 4, 32  # of the tiny SAM: features per point, and of a prompt
+
+
+@pytest.fixture
+def make_field(tiny_config, randomised):
+    """`make_field(classes=None, side=8, train=False, dtype=..., **config)`: a field of 2 images with 3 prompts each."""
+
+    def make(classes=None, side=8, train=False, dtype=torch.float32, **values):
+        config = tiny_config(lora_rank=0, **values)
+        torch.manual_seed(0)
+        decoder = randomised(ImplicitDecoder(config)).to(dtype).train(train)
+        generator = torch.Generator().manual_seed(1)
+        features = torch.randn(6, CHANNELS, side, side, generator=generator).to(dtype)
+        prompt = torch.randn(6, EMBEDDING, generator=generator).to(dtype)
+        frame = torch.tensor([0.1, -0.2, 0.5, 0.6]) + 0.1 * torch.rand(6, 4, generator=generator)
+        if classes is None:
+            classes = torch.arange(config.num_labels).expand(6, -1)
+        return ImplicitMaskField(decoder, config, features, prompt, frame, classes, 2)
+
+    return make
+
+
+def random_points(count, prompts=3, seed=2):
+    return 2 * torch.rand(2, prompts, count, 2, generator=torch.Generator().manual_seed(seed)) - 1
+
+
+# Frames and encodings
+
+
+@pytest.mark.parametrize("side", [4, 24, 96])
+def test_features_are_sampled_in_the_frame_of_the_coordinates(tiny_config, side):
+    """A feature map that holds its own pixel centres is the identity between the outermost centres."""
+    decoder = ImplicitDecoder(tiny_config())
+    centres = (2 * torch.arange(side) + 1) / side - 1
+    features = torch.zeros(1, CHANNELS, side, side)
+    features[0, 0], features[0, 1], features[0, 2] = centres, centres[:, None], 3 * centres - centres[:, None]
+    inner = 1 - 1 / side
+    points = inner * (2 * torch.rand(1, 200, 2, generator=torch.Generator().manual_seed(0)) - 1)
+    encoded = decoder.encode(points, features, torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+    x, y = points.unbind(dim=-1)
+    assert_close(encoded[..., :3], torch.stack([x, y, 3 * x - y], dim=-1), atol=1e-5, rtol=0)
+    border = decoder.encode(torch.tensor([[[-1.0, 1.0]]]), features, torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+    assert_close(border[0, 0, :2], torch.tensor([-inner, inner]))
+
+
+def test_gamma_against_numpy():
+    points = torch.rand(2, 5, 2, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    expected = []
+    for point in points.reshape(-1, 2).numpy():
+        angles = [2**k * np.pi * axis for axis in point for k in range(10)]
+        expected.append([np.sin(a) for a in angles] + [np.cos(a) for a in angles])
+    features = fourier_features(points, 10)
+    assert features.shape == (2, 5, 40)
+    assert_close(features.reshape(-1, 40).numpy(), np.array(expected))
+
+
+def test_gamma_in_float32_at_the_finest_octave():
+    """0.7 and 1.3 cycles per pixel at 384: float32 coordinates still resolve them."""
+    points = torch.rand(1, 500, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert_close(fourier_features(points, 10).double(), fourier_features(points.double(), 10), atol=3e-4, rtol=0)
+
+
+def test_the_prompts_frame_by_hand():
+    encoding = CoordinateEncoding(octaves=1, frame_octaves=2)
+    assert encoding.width == 4 + 2 + 8
+    frame = torch.tensor([[0.5, -0.25, 0.25, 0.5]])  # box from (0.25, -0.75) to (0.75, 0.25)
+    points = torch.tensor([[[0.5, -0.25], [0.75, 0.25], [0.25, -0.75], [-1.0, 1.0], [0.625, -0.5]]])
+    local = torch.tensor([[0.0, 0.0], [1.0, 1.0], [-1.0, -1.0], [-3.0, 2.5], [0.5, -0.5]])
+    encoded = encoding(points, frame)[0]
+    assert_close(encoded[:, :4], fourier_features(points, 1)[0])
+    assert_close(encoded[:, 4:6], local)
+    x, y = (math.pi * local / 3).unbind(dim=-1)
+    angles = torch.stack([x, 2 * x, y, 2 * y], dim=-1)
+    assert_close(encoded[:, 6:], torch.cat([angles.sin(), angles.cos()], dim=-1))
+
+
+def test_widths(tiny_config):
+    assert CoordinateEncoding(10, 4).width == 58 and CoordinateEncoding(10, None).width == 40
+    assert CoordinateEncoding(8, 0).width == 34
+    for values, width in [({}, 58), ({"prompt_frame": False}, 40), ({"coordinate_octaves": 8}, 50)]:
+        decoder = ImplicitDecoder(tiny_config(**values))
+        assert decoder.coarse.layers[0].in_features == CHANNELS + width + EMBEDDING
+        assert decoder.fine.layers[0].in_features == CHANNELS + width + EMBEDDING + 8
+
+
+def prompts(**given):
+    check = {"boxes": None, "points": None, "labels": None, "masks": None}
+    return Prompts.check(1, 16, **{**check, **given})
+
+
+def test_frames_of_prompts_by_hand():
+    """In a square of 64 pixels, whose corners are -1 and 1."""
+    boxes = torch.tensor([[[16.0, 0.0, 48.0, 64.0], [0.0, 32.0, 64.0, 32.0]]])
+    half_pixel = 1 / 64
+    assert_close(prompts(boxes=boxes).frame(64), torch.tensor([[0, 0, 0.5, 1.0], [0, 0, 1.0, half_pixel]]))
+    points = torch.tensor([[[[16.0, 16.0], [48.0, 32.0], [0.0, 0.0]]]])
+    labels = torch.tensor([[[1, 1, 0]]])  # the outside point does not count
+    assert_close(prompts(points=points, labels=labels).frame(64), torch.tensor([[0.0, -0.25, 0.5, 0.25]]))
+    labels = torch.tensor([[[0, 0, -10]]])  # unless there are only such; padding never does
+    assert_close(prompts(points=points, labels=labels).frame(64), torch.tensor([[0.0, -0.25, 0.5, 0.25]]))
+    labels = torch.tensor([[[1, 0, 0]]])
+    assert_close(prompts(points=points, labels=labels).frame(64), torch.tensor([[-0.5, -0.5, 0.125, 0.125]]))
+    labels = torch.tensor([[[-10, -10, -10]]])
+    assert_close(prompts(points=points, labels=labels).frame(64), torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+    masks = torch.full((1, 1, 16, 16), -1.0)
+    assert_close(prompts(masks=masks).frame(64), torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+    masks[..., 4:12, 8:16] = 1.0
+    assert_close(prompts(masks=masks).frame(64), torch.tensor([[0.5, 0.0, 0.5, 0.5]]))
+    assert_close(prompts(boxes=boxes[:, :1], masks=masks).frame(64), torch.tensor([[0.0, 0.0, 0.5, 1.0]]))
+    assert_close(prompts().frame(64), torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+
+
+def test_a_box_is_the_unit_square_of_its_frame(tiny_config):
+    """From the user's pixels to the encoding: the corners of a box are at (-1, -1) and (1, 1)."""
+    box = torch.tensor([[[10.0, 20.0, 30.0, 60.0]]])
+    corners = box.view(1, 2, 2) * 2 / 64 - 1
+    local = CoordinateEncoding(10, 4)(corners, prompts(boxes=box).frame(64))[0, :, 40:42]
+    assert_close(local, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+
+
+# The networks
+
+
+def naive_coarse(decoder, encoded, prompt):
+    """Dec_c with the prompt's embedding concatenated to every point."""
+    hidden = torch.cat([encoded, prompt[:, None].expand(-1, encoded.shape[1], -1)], dim=-1)
+    for layer, norm in zip(decoder.coarse.layers, decoder.coarse.norms, strict=True):
+        hidden = F.relu(F.layer_norm(hidden @ layer.weight.T + layer.bias, norm.bias.shape, norm.weight, norm.bias))
+    return hidden
+
+
+def naive_values(field, points, label):
+    """Coarse and fine logits of one class at every point (B, P, N, 2), from the equations."""
+    decoder, points = field.decoder, points.flatten(0, 1)
+    encoded = decoder.encode(points, field.features, field.frame)
+    hidden = naive_coarse(decoder, encoded, field.prompt)
+    head = hidden @ decoder.coarse.head.weight[label].T + decoder.coarse.head.bias[label]
+    prompt = field.prompt[:, None].expand(-1, points.shape[1], -1)
+    hidden = torch.cat([encoded, head[..., 1:], prompt], dim=-1)
+    for layer in decoder.fine.layers:
+        hidden = F.relu(hidden @ layer.weight.T + layer.bias)
+    hidden = F.relu(hidden @ decoder.fine.head_hidden.weight[label].T + decoder.fine.head_hidden.bias[label])
+    fine = hidden @ decoder.fine.head_out.weight[label].T + decoder.fine.head_out.bias[label]
+    return head[..., 0].unflatten(0, (2, 3)), fine[..., 0].unflatten(0, (2, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_against_the_naive_networks(make_field, num_labels):
+    field = make_field(num_labels=num_labels, selection_share=1.0)
+    points = random_points(50)
+    values = field.values(points)
+    assert values.logits.shape == values.coarse_logits.shape == values.uncertainty.shape == (2, 3, num_labels, 50)
+    for label in range(num_labels):
+        coarse, fine = naive_values(field, points, label)
+        assert_close(values.coarse_logits[:, :, label], coarse, atol=1e-4, rtol=1e-4)
+        assert_close(values.logits[:, :, label], fine, atol=1e-4, rtol=1e-4)
+        assert (coarse - fine).abs().mean() > 0.1
+
+
+@torch.no_grad()
+def test_class_labels_pick_from_all_classes(make_field):
+    labels = torch.tensor([2, 0, 1, 1, 2, 0])
+    points = random_points(50)
+    everything, picked = make_field(num_labels=3), make_field(labels[:, None], num_labels=3)
+    logits, uncertainty = everything(points)
+    index = labels.view(2, 3, 1, 1).expand(-1, -1, -1, 50)
+    one, variance = picked(points)
+    assert_close(one, logits.gather(2, index), atol=1e-5, rtol=1e-4)
+    assert_close(variance, uncertainty.gather(2, index), atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(logits[:, :, 0], logits[:, :, 1], atol=0.1)
+
+
+def test_a_linear_layer_per_class():
+    torch.manual_seed(0)
+    layer = ClassLinear(3, 5, 4)
+    torch.nn.init.normal_(layer.bias)
+    inputs, classes = torch.randn(20, 5), torch.randint(0, 2, (20,))  # class 2 has no row
+    expected = torch.stack([layer.weight[c] @ x + layer.bias[c] for x, c in zip(inputs, classes, strict=True)])
+    assert_close(layer(inputs, classes), expected)
+    assert_close(layer(inputs, classes, slice(1, None)), expected[:, 1:])
+    assert layer(inputs[:0], classes[:0]).shape == (0, 4)
+    layer(inputs, classes).sum().backward()
+    assert layer.weight.grad[:2].abs().min() > 0 and layer.weight.grad[2].abs().max() == 0
+
+
+def test_initialisation(tiny_config):
+    """The model's own initialisation reaches every layer: He's for hidden layers, a uniform one for the heads."""
+    from imedsam.modeling_imedsam import IMedSamModel
+
+    torch.manual_seed(0)
+    decoder = IMedSamModel(tiny_config(coarse_widths=[512, 256], fine_widths=[256])).implicit_decoder
+    hidden = [module for module in decoder.modules() if isinstance(module, HiddenLinear)]
+    assert len(hidden) == 3
+    for layer in hidden:
+        assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / layer.in_features), rel=0.1)
+        assert layer.bias.abs().max() == 0
+    head = decoder.coarse.head.weight
+    assert head.abs().max().item() == pytest.approx(256**-0.5, rel=0.05) and decoder.coarse.head.bias.abs().max() == 0
+
+
+# The field: one function of position
+
+
+@torch.no_grad()
+def test_a_value_depends_on_its_point_alone(make_field, monkeypatch):
+    """Not on the size, the tiles, the region or the other points that are asked for."""
+    field = make_field(num_labels=2)
+    whole = field.render((32, 32))
+    values = vars(whole)
+    monkeypatch.setattr(imedsam.rendering, "TILE_POINTS", 50)
+    assert_close(vars(field.render((32, 32))), values, atol=1e-4, rtol=1e-4)
+    region = torch.tensor([-0.5, 0.0, 0.25, 1.0])  # columns 8 to 20, rows 16 to 32
+    crop = {name: value[..., 16:32, 8:20] for name, value in values.items()}
+    # A coordinate is rounded differently there, which the finest octave multiplies by 1,600.
+    assert_close(vars(field.render((16, 12), region)), crop, atol=5e-3, rtol=5e-3)
+    # The centres of every third pixel of 96 are those of 32.
+    large = {name: value[..., 1::3, 1::3] for name, value in vars(field.render((96, 96))).items()}
+    assert_close(large, values, atol=5e-3, rtol=5e-3)
+    x, y = (2 * 5 + 1) / 32 - 1, (2 * 20 + 1) / 32 - 1
+    point, uncertainty = field(torch.tensor([x, y]).expand(2, 3, 1, 2))
+    assert_close(point[..., 0], whole.logits[..., 20, 5], atol=1e-4, rtol=1e-4)
+    assert_close(uncertainty[..., 0], whole.uncertainty[..., 20, 5], atol=1e-4, rtol=1e-4)
+    assert whole.logits.std() > 0.1
+
+
+@torch.no_grad()
+def test_points_shared_by_the_prompts(make_field):
+    field, points = make_field(), random_points(20, prompts=1)
+    assert_close(field(points)[0], field(points.expand(-1, 3, -1, -1))[0], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_each_prompt_has_its_own_field(make_field):
+    """Its map, its embedding and its frame act on its values and on no other prompt's."""
+    field, points = make_field(selection=None), random_points(20, prompts=1)
+    before = field(points)[0].flatten(0, 1)
+    for name in ("features", "prompt", "frame"):
+        changed = make_field(selection=None)
+        getattr(changed, name)[4] += 0.3
+        after = changed(points)[0].flatten(0, 1)
+        assert (after[4] - before[4]).abs().max() > 1e-2
+        others = [0, 1, 2, 3, 5]
+        assert_close(after[others], before[others], rtol=0, atol=0)
+
+
+# Uncertainty and selection
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("uncertainty", ["closed_form", "monte_carlo"])
+def test_the_fine_field_decides_where_the_coarse_one_is_uncertain(make_field, uncertainty):
+    field, points = make_field(num_labels=2, uncertainty=uncertainty, selection_share=0.25), random_points(400)
+    values = field.values(points)
+    tau = field.threshold.unflatten(0, (2, 3))[..., None]
+    selected = values.uncertainty > tau
+    fine = torch.stack([naive_values(field, points, label)[1] for label in range(2)], dim=2)
+    assert_close(values.logits, torch.where(selected, fine, values.coarse_logits), atol=1e-4, rtol=1e-4)
+    assert torch.equal(values.logits[~selected], values.coarse_logits[~selected])
+    assert 0.15 < selected.float().mean() < 0.35 and (values.logits != values.coarse_logits)[selected].all()
+    assert values.uncertainty.shape == values.logits.shape and values.uncertainty.max() <= 0.25
+
+
+@torch.no_grad()
+def test_the_threshold_selects_its_share_of_the_lattice(make_field):
+    field = make_field(num_labels=2, selection_lattice=24)
+    lattice = field.render((24, 24))
+    changed = (lattice.logits != lattice.coarse_logits).flatten(-2).sum(dim=-1)
+    assert (changed == 72).all()  # an eighth of 576, of each prompt and class by itself
+
+
+@torch.no_grad()
+def test_the_variance_is_that_of_the_dropout(make_field):
+    """The field's own training passes have the mean and variance that it states."""
+    points = random_points(8)
+    field = make_field()
+    stated = field.values(points)
+    field.decoder.train()
+    torch.manual_seed(0)
+    passes = torch.stack([field.values(points).coarse_logits for _ in range(1500)])
+    assert_close(passes.mean(dim=0), stated.coarse_logits, atol=0.2, rtol=0)
+    assert_close(passes.sigmoid().var(dim=0), stated.uncertainty, atol=0.01, rtol=0.15)
+    assert stated.uncertainty.max() > 0.02
+
+
+@torch.no_grad()
+def test_share_1_refines_everything_and_no_selection_nothing(make_field):
+    points = random_points(100)
+    everything = make_field(selection_share=1.0, dropout=0.0).values(points)
+    assert (everything.logits != everything.coarse_logits).all()
+    nothing = make_field(selection=None)
+    values = nothing.values(points)
+    assert torch.equal(values.logits, values.coarse_logits) and values.uncertainty.max() > 0
+    assert nothing.decoder.fine is None and not any("fine" in name for name, _ in nothing.decoder.named_parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_top_k_takes_its_share_of_what_is_rendered(make_field, share, monkeypatch):
+    monkeypatch.setattr(imedsam.rendering, "TILE_POINTS", 600)
+    field = make_field(selection="top_k", selection_share=share, num_labels=2)
+    region = torch.tensor([-1.0, -1.0, 0.0, 0.0])
+    for size, part in [((20, 20), None), ((10, 30), region)]:
+        masks = field.render(size, part)
+        changed = masks.logits != masks.coarse_logits
+        assert (changed.flatten(-2).sum(dim=-1) == share * size[0] * size[1]).all()
+        least = masks.uncertainty.masked_fill(~changed, torch.inf).flatten(-2).amin(dim=-1)
+        assert (least >= masks.uncertainty.masked_fill(changed, -torch.inf).flatten(-2).amax(dim=-1)).all()
+
+
+def test_while_training_the_share_is_taken_of_the_points(make_field):
+    field, points = make_field(train=True, selection_share=0.25), random_points(80)
+    values = field.values(points)
+    changed = values.logits != values.coarse_logits
+    assert (changed.sum(dim=-1) == 20).all()
+    weights = torch.ones(2, 3, 80)
+    weights[..., :40] = 3.0
+    changed = (lambda v: v.logits != v.coarse_logits)(field.values(points, weights))[:, :, 0]
+    mass = (changed * weights).sum(dim=-1)
+    assert (mass <= 40).all() and (mass > 36).all()  # a quarter of 160, up to one point
+
+
+def test_dropout_acts_while_training_alone(make_field):
+    points = random_points(20)
+    field = make_field(train=True)
+    assert not torch.equal(field.values(points).coarse_logits, field.values(points).coarse_logits)
+    field.decoder.eval()
+    assert torch.equal(field.values(points).coarse_logits, field.values(points).coarse_logits)
+
+
+def test_gradients_reach_everything(make_field):
+    field, points = make_field(train=True, num_labels=2), random_points(200)
+    field.features.requires_grad_()
+    field.prompt.requires_grad_()
+    values = field.values(points)
+    values.logits.sin().sum().backward()
+    for name, parameter in field.decoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    assert field.features.grad.abs().max() > 0 and field.prompt.grad.abs().max() > 0
+    assert not values.uncertainty.requires_grad
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("values", [{}, {"uncertainty": "monte_carlo"}, {"selection": "top_k"}, {"num_labels": 2}])
+def test_float64(make_field, values):
+    double, single = make_field(dtype=torch.float64, **values), make_field(**values)
+    expected, masks = single.render((16, 16)), double.render((16, 16))
+    assert_close(masks.coarse_logits.float(), expected.coarse_logits, atol=1e-3, rtol=1e-3)
+    assert_close(masks.uncertainty.float(), expected.uncertainty, atol=1e-3, rtol=1e-3)
+    assert (masks.logits != masks.coarse_logits).any()
+
+
+@torch.no_grad()
+def test_the_uncertainty_is_float32_under_autocast(make_field):
+    """In bfloat16 thousands of points would tie, and the selection would miss its share."""
+    field, points = make_field(selection=None), random_points(2000)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        uncertainty = field.values(points).uncertainty
+    assert uncertainty.dtype == torch.float32
+    assert len(uncertainty[0, 0, 0].unique()) > 1900
+    expected = field.values(points).uncertainty
+    assert (uncertainty - expected).abs().mean() < 0.1 * expected.mean()

@@ -1,0 +1,445 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import set_seed
+from PIL import Image
+from safetensors.torch import load_file
+
+from imedsam.mask_field import FieldValues, MaskField
+from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.processing.image_processing_imedsam import IMedSamImageProcessor
+from imedsam.processing.processing_imedsam import IMedSamProcessor
+from imedsam.training import checkpoints, train
+from imedsam.training.data import load_examples
+from imedsam.training.evaluation import class_means, evaluate_masks, floor_metrics, sample_mask
+
+SMALL = ["coarse_widths=[32,32]", "fine_widths=[32,32]", "coarse_features=16", "fine_head_width=16"]
+SMALL += ["selection_lattice=8"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate's state is the process's; a run that was stopped by an exception leaves its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def run(sam_folder, tmp_path):
+    """Runs the training script on phantoms; returns the output folder."""
+
+    def run(*flags, name="run", config=(), main=train.main):
+        output = tmp_path / name
+        main(arguments(sam_folder, output, flags, config))
+        return output
+
+    return run
+
+
+def arguments(sam, output, flags, config=()):
+    args = f"--model_name_or_path {sam} --dataset_name phantoms --output_dir {output} --image_size 64"
+    args += " --phantom_size 64 --num_train_images 8 --num_eval_images 3 --num_points 200 --evaluation_size 32"
+    return [*args.split(), "--config", *SMALL, *config, *map(str, flags)]
+
+
+def read(folder, file="metrics.json"):
+    return json.loads((folder / file).read_text())
+
+
+def assert_equal_files(one, other):
+    one, other = load_file(one), load_file(other)
+    assert one.keys() == other.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], atol=0, rtol=0)
+
+
+# What is trained
+
+
+@pytest.fixture(scope="module")
+def trained(sam_folder, tmp_path_factory):
+    """A run long enough to learn something, on phantoms with two classes."""
+    output = tmp_path_factory.mktemp("trained")
+    flags = "--num_train_epochs 12 --per_device_train_batch_size 2 --adapter_learning_rate 1e-3 --learning_rate 1e-2"
+    flags += " --augmentation light --num_classes 2 --eval_every 4 --do_test --lr_scheduler_type constant"
+    train.main(arguments(sam_folder, output, flags.split()))
+    return output
+
+
+def test_training_lowers_the_loss_and_finds_the_object(trained):
+    report = read(trained)
+    losses = [row["loss"] for row in report["history"]]
+    assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
+    assert report["validation"]["dice"] > 0.6
+
+
+def test_only_what_the_configuration_names_is_trained(sam_folder, trained):
+    args = train.parse_args(arguments(sam_folder, trained, ["--num_classes", 2]))
+    set_seed(args.seed)
+    model, _ = train.get_model_and_processor(args, load_examples("phantoms", "train", num_images=1, num_classes=2))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    after = load_file(trained / "step_48" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert changed <= set(trainable)
+    changed = {id(trainable[name]) for name in changed}
+    parts = model.parameter_parts()
+    assert set(parts) == set(train.LEARNING_RATES) - {"image encoder", "mask decoder"}
+    for name, parameters in parts.items():
+        unchanged = [p for p in parameters if id(p) not in changed]
+        # Prompts that are not boxes have embeddings that no gradient reaches.
+        assert len(unchanged) < len(parameters) if name == "prompt encoder" else not unchanged, name
+
+
+def test_the_final_folder_is_the_best_model(trained):
+    report = read(trained)
+    assert_equal_files(trained / "model.safetensors", trained / "best" / "model.safetensors")
+    assert_equal_files(trained / "adapter_model.safetensors", trained / "best" / "adapter_model.safetensors")
+    scores = {row["epoch"]: row["validation"]["dice"] for row in report["history"] if "validation" in row}
+    assert sorted(scores) == [3, 7, 11]
+    assert report["best_epoch"] == max(scores, key=scores.get)
+
+    model, processor = IMedSamModel.from_pretrained(trained), IMedSamProcessor.from_pretrained(trained)
+    examples = load_examples("phantoms", "validation", num_images=3, image_size=64, num_classes=2)
+    assert model.config.id2label == examples.id2label == {0: "lesion", 1: "organ"}
+    table = evaluate_masks(model, processor, examples, progress=False)
+    assert table.mean() == pytest.approx(report["validation"])
+    for name, means in class_means(table, examples).items():
+        assert means == pytest.approx(report["validation_classes"][name])
+
+
+def test_the_report(trained):
+    report = read(trained)
+    assert report["num_images"] == {"train": 8, "validation": 3, "test": 3}
+    assert report["arguments"]["config"]["coarse_widths"] == [32, 32]
+    assert report["trainable_parameters"]["frequency gates"] == 64
+    assert report["versions"]["torch"] == torch.__version__
+    assert set(report["floors"]) == set(report["test_floors"]) == {"filled box", "inscribed ellipse"}
+    assert 0.5 < report["floors"]["filled box"]["dice"] < report["floors"]["inscribed ellipse"]["dice"] < 1
+    assert set(report["validation_jittered"]) == set(report["test"]) == {"dice", "iou", "hd", "hd95"}
+    assert set(report["validation_classes"]) <= {"lesion", "organ"}
+    assert report["seconds"] > 0 and report["date"].endswith("+00:00")
+    assert len(report["history"][-1]["frequency_ratio"]) == 2 and min(report["history"][-1]["frequency_ratio"]) > 0
+    with Image.open(trained / "curves.png") as curves:
+        assert curves.size[0] > 500
+
+
+def test_the_card(trained):
+    card = (trained / "README.md").read_text()
+    head, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert "library_name: imedsam" in head and "pipeline_tag: mask-generation" in head
+    assert f"| this model | {read(trained)['validation']['dice']:.3f} |" in body
+    assert "inscribed ellipse" in body and "test (3 images)" in body and "Limits" in body
+    code = body.split("```python\n")[1].split("```")[0]
+    image = trained / "image.png"
+    Image.new("RGB", (50, 40)).save(image)
+    code = code.replace(f'"{trained.name}"', f'r"{trained}"').replace("image.png", str(image))
+    names = {"x0": 5, "y0": 5, "x1": 30, "y1": 20}
+    exec(code, names)
+    assert names["mask"].shape == (40, 50) and names["mask"].dtype == bool
+
+
+# Interruptions
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_at(monkeypatch, batch_number):
+    """Stops the run at its n-th batch."""
+    seen, seed_step = [], train.seed_step
+
+    def stop(*args):
+        seen.append(args)
+        if len(seen) == batch_number:
+            raise Interrupted
+        seed_step(*args)
+
+    monkeypatch.setattr(train, "seed_step", stop)
+
+
+def assert_equal_runs(one, other, step):
+    assert_equal_files(one / f"step_{step}" / "model.safetensors", other / f"step_{step}" / "model.safetensors")
+    assert_equal_files(one / "model.safetensors", other / "model.safetensors")
+    assert_equal_files(one / "adapter_model.safetensors", other / "adapter_model.safetensors")
+    one, other = read(one), read(other)
+    assert one["history"] == other["history"]
+    assert one["validation_objects"] == other["validation_objects"]
+
+
+# 8 images, one at a time, 2 per optimisation step: 4 steps per epoch. Stopped within an epoch, and in its last batch,
+# after which only the validation is left to do.
+@pytest.mark.parametrize("batch_number", [6, 11, 9])
+def test_an_interrupted_run_ends_with_the_same_weights(run, monkeypatch, batch_number):
+    flags = "--max_train_steps 6 --per_device_train_batch_size 1 --gradient_accumulation_steps 2 --num_warmup_steps 2"
+    flags = [*flags.split(), "--checkpointing_steps", 1, "--learning_rate", 3e-3, "--dataloader_num_workers", 2]
+    straight = run(*flags, name="straight")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, batch_number)
+        with pytest.raises(Interrupted):
+            run(*flags, name="resumed")
+    done = (batch_number - 1) // 2
+    resumed = straight.with_name("resumed")
+    assert [p.name for p in checkpoints.find_checkpoints(resumed)] == [f"step_{n}" for n in (done - 1, done) if n > 0]
+    assert not (resumed / "metrics.json").exists()
+    different = load_file(resumed / f"step_{done}" / "model.safetensors")
+    assert any(
+        not torch.equal(v, different[k]) for k, v in load_file(straight / "step_6" / "model.safetensors").items()
+    )
+    run(*flags, "--resume_from_checkpoint", "latest", name="resumed")
+    assert_equal_runs(straight, resumed, step=6)
+
+
+def test_resuming_from_epochs_keeps_history_and_best(run, monkeypatch):
+    flags = "--num_train_epochs 3 --per_device_train_batch_size 4 --learning_rate 1e-2".split()
+    straight = run(*flags, name="straight")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        with pytest.raises(Interrupted):
+            run(*flags, name="resumed")
+    resumed = run(*flags, "--resume_from_checkpoint", straight.with_name("resumed") / "step_4", name="resumed")
+    assert_equal_runs(straight, resumed, step=6)
+    assert read(straight)["best_epoch"] == read(resumed)["best_epoch"]
+
+
+def test_checkpoints_that_cannot_continue_the_same_run(run, caplog, tmp_path):
+    output = run("--max_train_steps", 1, "--resume_from_checkpoint", "latest")
+    assert read(output)["arguments"]["max_train_steps"] == 1
+    with caplog.at_level("WARNING", logger="imedsam"):
+        run("--max_train_steps", 2, "--seed", 1, "--resume_from_checkpoint", "latest")
+    assert "max_train_steps 1 -> 2, num_train_epochs" not in caplog.text
+    assert "max_train_steps 1 -> 2, seed 0 -> 1" in caplog.text
+    with pytest.raises(FileNotFoundError, match="Expected a checkpoint with trainer_state.json"):
+        run("--resume_from_checkpoint", tmp_path)
+
+
+def test_a_new_run_replaces_the_checkpoints_of_an_earlier_one(run, caplog):
+    output = run("--max_train_steps", 8, "--per_device_train_batch_size", 4)
+    assert [p.name for p in checkpoints.find_checkpoints(output)] == ["step_6", "step_8"]
+    with caplog.at_level("WARNING", logger="imedsam"):
+        run("--max_train_steps", 7, "--checkpointing_steps", 7, "--per_device_train_batch_size", 4, "--seed", 1)
+    assert "holds step_8 of an earlier run" in caplog.text
+    assert [p.name for p in checkpoints.find_checkpoints(output)] == ["step_6", "step_7"]
+
+
+def test_folders_are_replaced_whole(tmp_path):
+    folder = tmp_path / "best"
+    for content in ("one", "two"):
+        temporary = checkpoints.new_temporary_folder(folder)
+        (temporary / "file").write_text(content)
+        checkpoints.replace_folder(temporary, folder)
+        assert (folder / "file").read_text() == content
+        assert [p.name for p in tmp_path.iterdir()] == ["best"]
+    folder.rename(tmp_path / "best.old")  # stopped between the two renamings
+    checkpoints.recover_folder(folder)
+    assert (folder / "file").read_text() == "two"
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_resumed(sam_folder, tmp_path):
+    flags = "--max_train_steps 60 --per_device_train_batch_size 2 --checkpointing_steps 1 --learning_rate 3e-3"
+    flags += " --dataloader_num_workers 2 --eval_every 20"
+    command = [sys.executable, "-m", "imedsam.training.train"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    subprocess.run([*command, *arguments(sam_folder, straight, flags.split())], check=True, env=environment())
+    command += arguments(sam_folder, resumed, [*flags.split(), "--resume_from_checkpoint", "latest"])
+    process = subprocess.Popen(command, env=environment(), start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(checkpoints.find_checkpoints(resumed)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (resumed / "step_60").exists()
+    subprocess.run(command, check=True, env=environment())
+    assert_equal_runs(straight, resumed, step=60)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_double_batch(sam_folder, tmp_path):
+    flags = "--num_train_epochs 2 --coarse_ramp_epochs 1 --learning_rate 3e-3".split()
+    config = ["dropout=0.0", "selection=null"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    train.main(arguments(sam_folder, one, [*flags, "--per_device_train_batch_size", 4], config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "imedsam.training.train"]
+    command += arguments(sam_folder, two, [*flags, "--per_device_train_batch_size", 2], config)
+    subprocess.run(command, check=True, env=environment() | {"ACCELERATE_USE_CPU": "true"})
+    one, two = read(one), read(two)
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    assert one["validation"] == pytest.approx(two["validation"], abs=1e-5)
+    assert [row["name"] for row in one["validation_objects"]] == [row["name"] for row in two["validation_objects"]]
+
+
+def environment():
+    """One thread, so that processes do not wait for each other's cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+# The parts of the script
+
+
+def test_dense_supervision_and_other_configurations(run):
+    flags = "--max_train_steps 1 --supervision dense --label_size 24 --resize_mode longest_side --with_tracking"
+    config = ["frequency_view=null", "lora_rank=0", "train_image_encoder=true"]
+    output = run(*flags.split(), "--report_to", "tensorboard", config=config)
+    report = read(output)
+    assert "image encoder" in report["trainable_parameters"] and "LoRA" not in report["trainable_parameters"]
+    assert report["history"][0]["frequency_ratio"] == []
+    assert report["history"][0]["learning_rates"].keys() >= {"image encoder", "image encoder (no decay)"}
+    assert read(output, "processor_config.json")["image_processor"]["resize_mode"] == "longest_side"
+    assert list((output / "imedsam").rglob("events.out.tfevents.*"))
+
+
+def test_training_goes_on_from_an_imedsam_checkpoint(run, trained, sam_folder):
+    flags = "--max_train_steps 1 --num_train_images 2 --num_eval_images 1 --dataset_name phantoms --phantom_size 64"
+    flags = [*flags.split(), "--model_name_or_path", str(trained), "--output_dir", str(trained.with_name("more"))]
+    train.main([*flags, "--num_classes", "2"])
+    report = read(trained.with_name("more"))
+    assert report["image_size"] == 64 and report["history"][0]["loss"] < read(trained)["history"][0]["loss"]
+    with pytest.raises(ValueError, match="Expected 2 classes in phantoms, .* got 1"):
+        train.main(flags)
+    with pytest.raises(ValueError, match="Expected no --config, --image_size or --resize_mode"):
+        train.main([*flags, "--config", "lora_rank=8"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run):
+    with pytest.raises(FloatingPointError, match="Expected a finite loss, got nan at step"):
+        run("--learning_rate", 1e30, "--adapter_learning_rate", 1e30, "--max_train_steps", 20, "--max_grad_norm", 1e9)
+
+
+def test_parameter_groups(sam_folder):
+    args = train.parse_args(arguments(sam_folder, "out", ["--weight_decay", 0.02]))
+    model, _ = train.get_model_and_processor(args, load_examples("phantoms", "train", num_images=1))
+    groups = train.get_parameter_groups(model, args)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
+    rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
+    assert rates["coarse field"] == rates["fine field"] == (1e-3, 0.02)
+    assert rates["coarse field (no decay)"] == rates["frequency gates (no decay)"] == (1e-3, 0.0)
+    assert rates["LoRA"] == rates["upscaling"] == rates["frequency adapters"] == (5e-5, 0.02)
+    assert all(p.ndim > 1 for g in groups if g["weight_decay"] for p in g["params"])
+
+
+def test_the_coarse_weight_falls_linearly(sam_folder):
+    args = train.parse_args(arguments(sam_folder, "out", ["--coarse_ramp_epochs", 2]))
+    weights = [train.get_coarse_loss_weight(args, epoch, batch, 4) for epoch in range(3) for batch in range(4)]
+    np.testing.assert_allclose(np.diff(weights), [-0.9 / 8] * 8 + [0] * 3, atol=1e-12)
+    assert weights[0] == 1 and weights[-1] == pytest.approx(0.1)
+    args.coarse_ramp_epochs = 0
+    assert train.get_coarse_loss_weight(args, 0, 0, 4) == pytest.approx(0.1)
+
+
+def test_config_flags(sam_folder, capsys):
+    assert train.parse_config("frequency_view=null") == ("frequency_view", None)
+    assert train.parse_config("coarse_widths=[8, 4]") == ("coarse_widths", [8, 4])
+    assert train.parse_config("frequency_view=haar") == ("frequency_view", "haar")
+    args = train.parse_args([*arguments(sam_folder, "out", []), "--config", "lora_rank=8"])
+    assert args.config["lora_rank"] == 8 and args.config["coarse_features"] == 16
+    with pytest.raises(SystemExit):
+        train.parse_args([*arguments(sam_folder, "out", []), "--config", "lora_rank"])
+    assert "Expected KEY=VALUE after --config" in capsys.readouterr().err
+
+
+# Evaluation
+
+
+class BoxField(MaskField):
+    """Foreground within the prompts' boxes, a field with known metrics."""
+
+    def __init__(self, boxes, side):
+        super().__init__(*boxes.shape[:2], boxes.device)
+        self.boxes = 2 * boxes / side - 1
+
+    def values(self, coordinates, point_weights=None):
+        inside = (coordinates >= self.boxes[:, :, None, :2]) & (coordinates <= self.boxes[:, :, None, 2:])
+        logits = inside.all(dim=-1)[:, :, None] * 2.0 - 1
+        return FieldValues(logits, logits, logits)
+
+
+class BoxModel(torch.nn.Module):
+    device = torch.device("cpu")
+
+    def get_image_embeddings(self, pixel_values, reshaped_input_sizes=None):
+        assert not self.training and not torch.is_grad_enabled()
+        return pixel_values
+
+    def get_mask_field(self, embeddings, input_boxes, class_labels):
+        return BoxField(input_boxes, embeddings.shape[-1])
+
+
+@pytest.fixture
+def label_maps(tmp_path):
+    """Three images of three sizes; the second without an object."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    columns, rows = np.meshgrid(np.arange(70), np.arange(50))
+    one = ((columns - 20) ** 2 + (rows - 25) ** 2 < 100).astype(np.uint8)
+    two = one + 2 * ((columns - 50) ** 2 + (rows - 12) ** 2 < 50).astype(np.uint8)
+    for name, mask in {"a": two, "b": np.zeros((30, 30), np.uint8), "c": one[5:, :37]}.items():
+        Image.fromarray(mask * 80).save(tmp_path / "images" / f"{name}.png")
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{name}.png")
+    (tmp_path / "labels.json").write_text(json.dumps({"0": "background", "1": "organ", "2": "lesion"}))
+    (tmp_path / "splits.json").write_text(json.dumps({"test": ["a", "b", "c"]}))
+    return load_examples(str(tmp_path), "test")
+
+
+@pytest.mark.parametrize("resize_mode", ["stretch", "longest_side"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_field_that_fills_the_box_scores_as_the_filled_box(label_maps, resize_mode, batch_size):
+    processor = IMedSamProcessor(IMedSamImageProcessor(size=96, resize_mode=resize_mode))
+    model = BoxModel().train()
+    table = evaluate_masks(model, processor, label_maps, batch_size=batch_size, progress=False)
+    assert model.training
+    floor = floor_metrics(label_maps)["filled box"]
+    assert [row["name"] for row in table.rows] == ["a/organ", "a/lesion", "c/organ"]
+    assert table.rows == floor.rows
+    assert class_means(table, label_maps)["lesion"]["dice"] == table.rows[1]["dice"]
+
+
+def test_evaluation_at_another_size_and_with_jittered_boxes(label_maps):
+    processor = IMedSamProcessor(IMedSamImageProcessor(size=96))
+    exact = evaluate_masks(BoxModel(), processor, label_maps, progress=False).mean()
+    large = evaluate_masks(BoxModel(), processor, label_maps, output_size=200, progress=False).mean()
+    assert large["dice"] == pytest.approx(exact["dice"], abs=0.02) and large["dice"] != exact["dice"]
+    jittered = [
+        evaluate_masks(BoxModel(), processor, label_maps, box_jitter=0.3, seed=seed, batch_size=size, progress=False)
+        for seed, size in ((0, 1), (0, 3), (1, 3))
+    ]
+    assert jittered[0].rows == jittered[1].rows != jittered[2].rows
+    assert jittered[0].mean()["dice"] < exact["dice"]
+    part = evaluate_masks(BoxModel(), processor, label_maps, box_jitter=0.3, indices=[2], progress=False)
+    assert part.rows == jittered[0].rows[2:]
+
+
+def test_masks_are_sampled_at_pixel_centres():
+    mask = np.arange(12).reshape(3, 4) % 5 == 0
+    assert sample_mask(mask, (3, 4)) is mask
+    np.testing.assert_array_equal(sample_mask(mask, (6, 8)), mask.repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(sample_mask(mask, (1, 2)), mask[[1]][:, [1, 3]])
+
+
+def test_the_floors_of_an_ellipse():
+    examples = load_examples("phantoms", "test", num_images=2, image_size=64)
+    floors = floor_metrics(examples)
+    assert floors["filled box"].mean()["dice"] < floors["inscribed ellipse"].mean()["dice"] < 1
+    assert len(floors["filled box"].rows) == 2
+
+
+def test_nothing_slow_happens_at_import():
+    code = "import sys, imedsam.training.train as t; print({'monai', 'datasets', 'matplotlib'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "set()"
+    assert Path(train.__file__).name == "train.py"

@@ -1,0 +1,108 @@
+"""Training augmentation: MONAI's transforms on an image and its mask together, a function of the seed alone."""
+
+import math
+
+import numpy as np
+
+STRENGTHS = ("none", "light", "strong")
+
+
+class Augmentation:
+    """
+    Flips, turns, deforms and recolours an image, and its mask with it. The mask follows by nearest neighbour, the
+    image bilinearly; what comes in from outside is 0. If the object leaves the picture, the pair comes back as it was.
+
+    Args:
+        strength: "none", "light" (flips, quarter turns, a small affine map, brightness) or "strong" (affine map
+            with rotation up to 20 degrees, scale 0.8 to 1.25, translation up to 10 %; gamma, colour, noise, blur).
+    """
+
+    def __init__(self, strength: str = "strong"):
+        if strength not in STRENGTHS:
+            raise ValueError(f"Expected augmentation to be one of {', '.join(STRENGTHS)}, got {strength!r}.")
+        self.strength = strength
+        if strength != "none":
+            import monai.transforms  # noqa: F401  slow to load: once here, not in every data loader worker
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Args:
+            image: (H, W) or (H, W, 3), of any numeric type.
+            mask: (H', W'), integers. Both cover the same area, so H / W is about H' / W', at any two resolutions.
+            seed: of all random draws; nothing else decides them.
+
+        Returns:
+            The new image and mask in the given types and sizes, but for a quarter turn, which swaps height and width.
+        """
+        if self.strength == "none":
+            return image, mask
+        new_mask = _seeded(_geometry(self.strength, mask.shape, "nearest"), seed)(mask[None].astype(np.float32))
+        new_mask = np.asarray(new_mask)[0].round().astype(mask.dtype)
+        if not new_mask.any():
+            return image, mask
+        low, high = _intensity_range(image)
+        new_image = (np.atleast_3d(image).transpose(2, 0, 1).astype(np.float32) - low) / (high - low)
+        new_image = _seeded(_geometry(self.strength, image.shape[:2], "bilinear"), seed)(new_image)
+        new_image = np.asarray(_seeded(_intensity(self.strength), seed)(new_image))
+        new_image = new_image.clip(0, 1).transpose(1, 2, 0).reshape(*new_image.shape[1:], *image.shape[2:])
+        new_image = new_image * (high - low) + low
+        if np.issubdtype(image.dtype, np.integer):
+            new_image = new_image.round()
+        return new_image.astype(image.dtype), new_mask
+
+
+def _seeded(transforms, seed):
+    return transforms.set_random_state(seed=seed)
+
+
+def _geometry(strength, size, mode):
+    """The same seed draws the same map at any size: translations are shares of it."""
+    from monai import transforms
+
+    amount = 1.0 if strength == "strong" else 0.4
+    # MONAI's scales map output to input coordinates, as s - 1: 1 / 1.25 - 1 enlarges by 1.25.
+    scale_range = (1 / (1 + 0.25 * amount) - 1, 1 / (1 - 0.2 * amount) - 1)
+    return transforms.Compose(
+        [
+            transforms.RandFlip(prob=0.5, spatial_axis=0),
+            transforms.RandFlip(prob=0.5, spatial_axis=1),
+            transforms.RandAffine(
+                prob=0.8 if strength == "strong" else 0.5,
+                rotate_range=math.radians(20) * amount,
+                scale_range=(scale_range, scale_range),
+                translate_range=(0.1 * amount * size[0], 0.1 * amount * size[1]),
+                shear_range=(0.05 * amount, 0.05 * amount),
+                mode=mode,
+                padding_mode="zeros",
+            ),
+            transforms.RandRotate90(prob=0.5),
+        ]
+    )
+
+
+def _intensity(strength):
+    from monai import transforms
+
+    amount = 1.0 if strength == "strong" else 0.4
+    brightness = [
+        transforms.RandScaleIntensity(factors=0.2 * amount, prob=0.5),
+        transforms.RandShiftIntensity(offsets=0.1 * amount, prob=0.5),
+    ]
+    if strength == "light":
+        return transforms.Compose(brightness)
+    colour = [
+        transforms.RandScaleIntensity(factors=0.1, prob=0.5, channel_wise=True),
+        transforms.RandAdjustContrast(prob=0.3, gamma=(0.7, 1.4)),
+    ]
+    quality = [
+        transforms.RandGaussianNoise(prob=0.2, std=0.03),
+        transforms.RandGaussianSmooth(prob=0.2, sigma_x=(0.3, 1.2), sigma_y=(0.3, 1.2)),
+    ]
+    return transforms.Compose(brightness + colour + quality)
+
+
+def _intensity_range(image):
+    if image.dtype == np.uint8:
+        return 0.0, 255.0
+    low, high = float(image.min()), float(image.max())
+    return low, high if high > low else low + 1.0

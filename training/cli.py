@@ -1,0 +1,75 @@
+"""The command `imedsam`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="I-MedSAM: medical image segmentation with Segment Anything and an implicit decoder.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def train(context: typer.Context) -> None:
+    """Train on phantoms, a folder or a data set; the flags of `python -m imedsam.training.train --help`."""
+    from imedsam.training.train import main
+
+    main(context.args)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Option(help="Folder or Hub name of a trained model.")],
+    image: Annotated[Path, typer.Option(help="An image, or a folder of images.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
+    box: Annotated[
+        list[tuple[float, float, float, float]] | None,
+        typer.Option(help="x0 y0 x1 y1 in the image's pixels; once for each object."),
+    ] = None,
+    boxes: Annotated[
+        Path | None, typer.Option(help='JSON file {"name.png": [[x0, y0, x1, y1], ...]}, for images with other boxes.')
+    ] = None,
+    size: Annotated[
+        tuple[int, int] | None, typer.Option(help="Height and width of the masks; the image's own by default.")
+    ] = None,
+    window: Annotated[
+        tuple[float, float] | None, typer.Option(help="Low and high of the intensities, for 16-bit and float images.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Segment what is in the boxes: mask, overlay and uncertainty as PNG, and report.json."""
+    from imedsam.pipeline import IMedSamPipeline
+    from imedsam.training.predict import find_images, predict_files, read_boxes
+
+    if (box is None or not box) == (boxes is None):
+        raise typer.BadParameter("Expected boxes by --box x0 y0 x1 y1 or by --boxes FILE, got both or neither.")
+    try:
+        images = find_images(image)
+        prompts = {path: box for path in images} if boxes is None else read_boxes(boxes, images)
+        report = predict_files(IMedSamPipeline.from_pretrained(model, device), prompts, output, size, window)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for name, result in report.items():
+        for mask in result["masks"]:
+            typer.echo(f"{name}: {mask['area']} pixels, score {mask['score']:.3f}")
+    typer.echo(f"Masks, pictures and report.json are in {output}.")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("outputs/demo"),
+) -> None:
+    """Train a small model on drawn phantoms and show what it does, in a few minutes."""
+    from imedsam.training.demo import main
+
+    main(output)
+
+
+if __name__ == "__main__":
+    app()

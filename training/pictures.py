@@ -1,0 +1,69 @@
+"""Pictures of images, masks and uncertainties, for people to look at."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+MASK_COLOURS = ((255, 196, 0), (0, 200, 255), (255, 64, 160), (120, 230, 80))
+
+
+def overlay(image: Image.Image, masks: np.ndarray, boxes: Sequence[Sequence[float]] = ()) -> Image.Image:
+    """
+    Draws masks, tinted and outlined, and boxes over an image.
+
+    Args:
+        image: resized to the masks' size if it has another one.
+        masks: (P, H, W), bool, a colour each.
+        boxes: (x0, y0, x1, y1) in pixels of the masks, the corner of the first pixel being (0, 0).
+    """
+    height, width = masks.shape[-2:]
+    canvas = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
+    for index, mask in enumerate(masks):
+        colour = np.array(MASK_COLOURS[index % len(MASK_COLOURS)], dtype=np.float32)
+        canvas = np.where(mask[..., None], 0.72 * canvas + 0.28 * colour, canvas)
+        canvas = np.where(outline(mask, max(1, round(min(height, width) / 200)))[..., None], colour, canvas)
+    picture = Image.fromarray(canvas.round().astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for x0, y0, x1, y1 in boxes:
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=(255, 255, 255))
+    return picture
+
+
+def outline(mask: np.ndarray, thickness: int) -> np.ndarray:
+    """The pixels of a mask (H, W) that are within `thickness` steps of its outside."""
+    inner = mask
+    for _ in range(thickness):
+        padded = np.pad(inner, 1, mode="edge")
+        inner = inner & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inner
+
+
+def uncertainty_picture(uncertainty: np.ndarray) -> Image.Image:
+    """The standard deviation of the probability, black at 0 and white at its largest possible value 0.5; (H, W)."""
+    return Image.fromarray((np.sqrt(4 * uncertainty.clip(0, 0.25)) * 255).round().astype(np.uint8))
+
+
+def save_sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], path: Path, names: Sequence[str]) -> None:
+    """
+    A sheet of pictures, a row per image.
+
+    Args:
+        rows: of as many pictures each as there are titles.
+        titles: of the columns.
+        path: a PNG file.
+        names: written beside the rows.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.6 * len(titles), 2.6 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for row, pictures, name in zip(axes, rows, names, strict=True):
+        for axis, picture, title in zip(row, pictures, titles, strict=True):
+            axis.imshow(picture, cmap="gray" if picture.mode == "L" else None, vmin=0, vmax=255)
+            axis.set(xticks=[], yticks=[], title=title if row is axes[0] else "")
+        row[0].set_ylabel(name, fontsize=8)
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,119 @@
+"""Prediction on files: masks, overlays and uncertainties as PNG, and a JSON report."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from imedsam.pipeline import IMedSamPipeline, Segmentation
+from imedsam.training.pictures import overlay, uncertainty_picture
+from imedsam.training.report import write_json
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+Box = Sequence[float]
+
+
+def predict_files(
+    pipeline: IMedSamPipeline,
+    boxes: dict[Path, Sequence[Box]],
+    output_dir: Path,
+    size: tuple[int, int] | None = None,
+    window: tuple[float, float] | None = None,
+) -> dict:
+    """
+    Segments image files and writes for each `NAME_mask.png` (0 and 255; `NAME_mask_2.png` and so on for further
+    boxes), `NAME_overlay.png` and `NAME_uncertainty.png`, and for all of them `report.json`.
+
+    Args:
+        boxes: the boxes (x0, y0, x1, y1) to prompt with, in pixels of each image.
+        size: (height, width) of what is written; each image's own by default.
+        window: (low, high) of the intensities to see, for 16-bit and float images.
+
+    Returns:
+        The report: per image its size, boxes, and per box the area in pixels, the score and the mean uncertainty.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    report = {}
+    for path, image_boxes in tqdm(boxes.items(), desc="Segmenting", unit="image"):
+        image = read_image(path)
+        pipeline.set_image(image, window)
+        segmentation = pipeline.predict(input_boxes=[list(map(list, image_boxes))], output_size=size)
+        _write_pictures(output_dir / path.stem, image, image_boxes, segmentation)
+        report[path.name] = {
+            "size": list(segmentation.masks.shape[-2:]),
+            "boxes": [list(box) for box in image_boxes],
+            "masks": [
+                {"area": int(mask.sum()), "score": float(score), "uncertainty": float(uncertainty.mean())}
+                for mask, score, uncertainty in _per_box(segmentation)
+            ],
+        }
+    write_json(output_dir / "report.json", report)
+    return report
+
+
+def read_image(path: Path) -> Image.Image:
+    """
+    Raises:
+        ValueError: the file is not there or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise ValueError(f"Expected an image at {path}, got no such file.") from None
+    except OSError as error:
+        raise ValueError(f"Expected an image at {path}, got a file that cannot be read as one: {error}.") from error
+
+
+def find_images(path: Path) -> list[Path]:
+    """The image itself, or the images of a folder."""
+    if not path.is_dir():
+        return [path]
+    images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise ValueError(f"Expected images ({', '.join(IMAGE_SUFFIXES)}) in {path}, got none.")
+    stems = [image.stem for image in images]
+    if len(set(stems)) < len(stems):
+        twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+        raise ValueError(f"Expected images of different names in {path}, got {twice} twice: results would collide.")
+    return images
+
+
+def read_boxes(path: Path, images: Sequence[Path]) -> dict[Path, list[Box]]:
+    """
+    Args:
+        path: a JSON file {"name.png": [[x0, y0, x1, y1], ...], ...}.
+        images: that need boxes.
+    """
+    try:
+        named = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"Expected a JSON file of boxes at {path}, got: {error}.") from error
+    missing = [image.name for image in images if not named.get(image.name)]
+    if missing:
+        raise ValueError(f"Expected a list of boxes for each image in {path}, got none for {', '.join(missing[:5])}.")
+    return {image: named[image.name] for image in images}
+
+
+def _per_box(segmentation: Segmentation):
+    """Mask, score and uncertainty of each box; with several classes of the class that is surest of itself."""
+    for masks, scores, uncertainties in zip(
+        segmentation.masks, segmentation.scores, segmentation.uncertainty, strict=True
+    ):
+        best = int(np.argmax(scores))
+        yield masks[best], scores[best], uncertainties[best]
+
+
+def _write_pictures(prefix: Path, image: Image.Image, boxes: Sequence[Box], segmentation: Segmentation) -> None:
+    masks, _, uncertainties = (np.stack(parts) for parts in zip(*_per_box(segmentation), strict=True))
+    for index, mask in enumerate(masks):
+        suffix = "mask" if index == 0 else f"mask_{index + 1}"
+        Image.fromarray(mask.astype(np.uint8) * 255).save(f"{prefix}_{suffix}.png")
+    height, width = masks.shape[-2:]
+    scale = np.array([width / image.width, height / image.height] * 2)
+    overlay(image, masks, np.asarray(boxes, dtype=np.float64) * scale).save(f"{prefix}_overlay.png")
+    uncertainty_picture(uncertainties.max(axis=0)).save(f"{prefix}_uncertainty.png")

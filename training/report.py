@@ -1,0 +1,141 @@
+"""What a training run leaves beside its weights: metrics.json, curves.png and a model card."""
+
+import json
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+LIBRARIES = ("imedsam", "torch", "transformers", "peft", "accelerate", "monai", "numpy")
+METRIC_TITLES = {"dice": "Dice", "iou": "IoU", "hd": "HD (px)", "hd95": "HD95 (px)"}
+
+
+def write_report(folder: Path, report: dict, card: bool = True) -> None:
+    """
+    Writes the three files into the folder of the trained model; metrics.json is the last, and so the sign of a
+    finished run.
+
+    Args:
+        report: what goes to metrics.json: `arguments`, `history`, `validation`, `floors`, ...; versions and the date
+            are added.
+    """
+    plot_curves(report["history"], folder / "curves.png")
+    if card:
+        (folder / "README.md").write_text(model_card(report))
+    report = {
+        **report,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_json(folder / "metrics.json", report)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a file that is either the old or the new one, whenever the process is stopped."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def plot_curves(history: list[dict], path: Path) -> None:
+    """The training loss and the validation Dice over the epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.plot([row["epoch"] + 1 for row in history], [row["loss"] for row in history])
+    left.set(xlabel="epoch", ylabel="training loss")
+    scored = [row for row in history if "validation" in row]
+    right.plot([row["epoch"] + 1 for row in scored], [row["validation"]["dice"] for row in scored], marker=".")
+    right.set(xlabel="epoch", ylabel="validation Dice")
+    figure.savefig(path, dpi=120)
+
+
+def model_card(report: dict) -> str:
+    arguments = report["arguments"]
+    dataset, base = arguments["dataset_name"], arguments["model_name_or_path"]
+    head = ["library_name: imedsam", "pipeline_tag: mask-generation"]
+    head += ["tags:", "- medical", "- image-segmentation", "- segment-anything", "- implicit-neural-representation"]
+    if _is_hub_name(base):
+        head.append(f"base_model: {base}")
+    if _is_hub_name(dataset):
+        head += ["datasets:", f"- {dataset}"]
+    rows = {"this model": report["validation"], **report["floors"]}
+    if "validation_jittered" in report:
+        rows["this model, boxes jittered"] = report["validation_jittered"]
+    table = _table("validation", report["num_images"]["validation"], rows)
+    if "test" in report:
+        rows = {"this model": report["test"], "this model, boxes jittered": report.get("test_jittered")}
+        rows |= report["test_floors"]
+        table += "\n" + _table("test", report["num_images"]["test"], {k: v for k, v in rows.items() if v})
+    classes = ", ".join(report["classes"].values())
+    trained = ", ".join(f"{name} {count:,}" for name, count in report["trainable_parameters"].items())
+    return CARD.format(
+        head="\n".join(head),
+        name=Path(arguments["output_dir"]).name,
+        dataset=dataset if dataset == "phantoms" or _is_hub_name(dataset) else Path(dataset).name,
+        base=base if _is_hub_name(base) else Path(base).name,
+        image_size=report["image_size"],
+        classes=classes,
+        table=table,
+        trained=trained,
+        images=report["num_images"]["train"],
+        epochs=len(report["history"]),
+        best=report["best_epoch"] + 1,
+        seed=arguments["seed"],
+    )
+
+
+CARD = """---
+{head}
+---
+
+# {name}
+
+I-MedSAM (implicit medical image segmentation with Segment Anything, ECCV 2024), trained from `{base}` on `{dataset}`
+at {image_size} x {image_size} pixels. It takes an image and a box per object and gives the object's mask at any
+resolution. Classes: {classes}.
+
+## How to use
+
+```python
+from PIL import Image
+from imedsam import IMedSamPipeline
+
+pipeline = IMedSamPipeline.from_pretrained("{name}")
+pipeline.set_image(Image.open("image.png"))
+mask = pipeline.predict(input_boxes=[[x0, y0, x1, y1]], class_labels=[0]).masks[0, 0]
+```
+
+Boxes are in pixels of the image, (0, 0) being its top left corner.
+
+## Metrics
+
+Means over objects, at the images' own size. Boxes come from the reference masks, so the filled box and the ellipse
+inscribed in it are what the prompt alone is worth.
+
+{table}
+## Training
+
+{images} images, {epochs} epochs, seed {seed}; the weights are those of epoch {best}, the best by validation Dice.
+Trainable parameters: {trained}. `metrics.json` holds the arguments, versions and history.
+
+## Limits
+
+For research, not for clinical use. The scores hold for images like those of `{dataset}` and for boxes that fit the
+object; they say nothing about other devices, populations or loosely drawn boxes.
+"""
+
+
+def _table(title, num_images, rows):
+    lines = [f"| {title} ({num_images} images) | " + " | ".join(METRIC_TITLES.values()) + " |"]
+    lines.append("|---|" + "---:|" * len(METRIC_TITLES))
+    for name, metrics in rows.items():
+        lines.append(f"| {name} | " + " | ".join(f"{metrics[key]:.3f}" for key in METRIC_TITLES) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _is_hub_name(name):
+    return name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))

@@ -1,0 +1,428 @@
+"""
+Trains I-MedSAM with Accelerate, on one device or several:
+
+    python -m imedsam.training.train --model_name_or_path facebook/sam-vit-base --dataset_name DATA --output_dir DIR
+    accelerate launch --num_processes 4 -m imedsam.training.train ...
+    torchrun --nproc-per-node 4 -m imedsam.training.train ...
+
+Every random number depends on the seed and the position in the run alone, so a run that was stopped anywhere and is
+resumed ends with the same weights as one that was not.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
+from accelerate.utils import gather_object, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, SchedulerType, get_scheduler
+
+from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.processing.image_processing_imedsam import RESIZE_MODES, IMedSamImageProcessor
+from imedsam.processing.processing_imedsam import IMedSamProcessor
+from imedsam.training.augmentation import STRENGTHS
+from imedsam.training.checkpoints import TrainerState, recover_folder, resume, save_checkpoint, save_model
+from imedsam.training.data import (
+    EpochSampler,
+    Examples,
+    PromptedSegmentationDataset,
+    collate_prompts,
+    load_examples,
+    without_empty_masks,
+)
+from imedsam.training.evaluation import class_means, evaluate_masks, floor_metrics
+from imedsam.training.metrics import MetricTable
+from imedsam.training.report import write_report
+
+# Which flag holds the learning rate of which part of the model.
+LEARNING_RATES = {
+    "coarse field": "learning_rate",
+    "fine field": "learning_rate",
+    "frequency gates": "learning_rate",
+    "LoRA": "adapter_learning_rate",
+    "frequency adapters": "adapter_learning_rate",
+    "prompt encoder": "adapter_learning_rate",
+    "upscaling": "adapter_learning_rate",
+    "image encoder": "encoder_learning_rate",
+    "mask decoder": "encoder_learning_rate",
+}
+LAST_COARSE_WEIGHT = 0.1
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains, evaluates and writes the model to `--output_dir`. The flags are the command line's unless given."""
+    args = parse_args(argv)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to if args.with_tracking else None,
+        project_dir=args.output_dir,
+        step_scheduler_with_optimizer=False,
+        # Which class heads and prompt embeddings get a gradient changes from batch to batch.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if not accelerator.is_main_process:
+        transformers.utils.logging.set_verbosity_error()
+    set_seed(args.seed)
+    examples = get_examples(args)
+    model, processor = get_model_and_processor(args, examples["train"])
+    if accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(args.output_dir) / "metrics.json").unlink(missing_ok=True)  # the sign of a finished run
+        model.print_trainable_parameters()
+    train_loader = get_dataloaders(args, examples["train"], processor)
+    optimizer = torch.optim.AdamW(get_parameter_groups(model, args))
+
+    model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
+    args.num_train_epochs, args.max_train_steps = count_epochs_and_steps(args, len(train_loader))
+    scheduler = accelerator.prepare(
+        get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.max_train_steps)
+    )
+    if args.with_tracking:
+        scalars = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str))}
+        accelerator.init_trackers("imedsam", config=scalars)
+    state = resume(accelerator, args)
+    train(accelerator, model, processor, train_loader, examples["validation"], optimizer, scheduler, args, state)
+    finish(accelerator, processor, examples, args, state)
+    accelerator.end_training()
+    accelerator.free_memory()
+
+
+def train(accelerator, model, processor, train_loader, validation, optimizer, scheduler, args, state) -> None:
+    """Trains from `state` on; evaluates, keeps the best weights and saves checkpoints on the way."""
+    bar = tqdm(
+        total=args.max_train_steps,
+        initial=state.global_step,
+        desc="Training",
+        disable=not accelerator.is_main_process,
+    )
+    while state.epoch < args.num_train_epochs and state.global_step < args.max_train_steps:
+        train_epoch(accelerator, model, train_loader, optimizer, scheduler, args, state, bar)
+        row = {
+            "epoch": state.epoch,
+            "step": state.global_step,
+            "loss": state.loss_sum / max(1, state.batch),
+            "coarse_loss_weight": get_coarse_loss_weight(args, state.epoch, state.batch, len(train_loader)),
+            "learning_rates": {group["name"]: group["lr"] for group in optimizer.param_groups},
+        }
+        started_at = time.perf_counter()
+        last = state.epoch + 1 >= args.num_train_epochs or state.global_step >= args.max_train_steps
+        if last or (state.epoch + 1) % args.eval_every == 0:
+            table = evaluate(accelerator, model, processor, validation, args, output_size=args.evaluation_size)
+            row["validation"] = table.mean()
+            row["frequency_ratio"] = get_frequency_ratio(accelerator, model, processor, validation)
+            if row["validation"]["dice"] > state.best_score:
+                state.best_score, state.best_epoch = row["validation"]["dice"], state.epoch
+                save_model(accelerator, model, processor, Path(args.output_dir) / "best")
+            bar.set_postfix(loss=f"{row['loss']:.4f}", dice=f"{row['validation']['dice']:.4f}")
+            accelerator.log(flatten({"validation": row["validation"]}), step=state.global_step)
+            accelerator.log(flatten({"frequency_ratio": row["frequency_ratio"]}), step=state.global_step)
+        state.seconds += time.perf_counter() - started_at
+        state.history.append(row)
+        state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, 0.0
+        if args.checkpointing_steps == "epoch":
+            save_checkpoint(accelerator, args, state)
+    bar.close()
+
+
+def train_epoch(accelerator, model, train_loader, optimizer, scheduler, args, state, bar) -> None:
+    """One epoch, or what is left of it."""
+    model.train()
+    train_loader.set_epoch(state.epoch)
+    loader = skip_first_batches(train_loader, state.batch) if state.batch else train_loader
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    started_at = time.perf_counter()
+    for batch in loader:
+        del batch["original_sizes"]
+        seed_step(args.seed, state.epoch, state.batch, accelerator.process_index)
+        weight = get_coarse_loss_weight(args, state.epoch, state.batch, len(train_loader))
+        with accelerator.accumulate(model):
+            loss = model(**batch, coarse_loss_weight=weight).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+            optimizer.step()
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                scheduler.step()
+            optimizer.zero_grad()
+        loss = accelerator.reduce(loss.detach(), "mean").item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"Expected a finite loss, got {loss} at step {state.global_step}: lower the rates."
+            )
+        state.seconds, started_at = state.seconds + time.perf_counter() - started_at, time.perf_counter()
+        state.batch += 1
+        state.loss_sum += loss
+        if not accelerator.sync_gradients:
+            continue
+        state.global_step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}", dice=f"{max(state.best_score, 0):.4f}")
+        rates = {f"learning_rate/{g['name']}": g["lr"] for g in optimizer.param_groups}
+        accelerator.log({"train/loss": loss, "train/coarse_loss_weight": weight, **rates}, step=state.global_step)
+        if isinstance(args.checkpointing_steps, int) and state.global_step % args.checkpointing_steps == 0:
+            save_checkpoint(accelerator, args, state)
+        if state.global_step >= args.max_train_steps:
+            loader.end()
+            break
+
+
+def evaluate(accelerator, model, processor, examples: Examples, args, **options) -> MetricTable:
+    """`evaluate_masks` with every process taking its share of the images; all of them get the whole table."""
+    table = evaluate_masks(
+        accelerator.unwrap_model(model),
+        processor,
+        examples,
+        seed=args.seed,
+        batch_size=args.per_device_eval_batch_size,
+        indices=range(accelerator.process_index, len(examples), accelerator.num_processes),
+        progress=accelerator.is_main_process,
+        **options,
+    )
+    table.rows = sorted(gather_object(table.rows), key=lambda row: row["name"])
+    return table
+
+
+def finish(accelerator, processor, examples: dict[str, Examples], args, state: TrainerState) -> None:
+    """Makes the output folder the best model's, with its metrics at the images' own size."""
+    output_dir = Path(args.output_dir)
+    with accelerator.main_process_first():
+        recover_folder(output_dir / "best")
+    model = IMedSamModel.from_pretrained(output_dir / "best").to(accelerator.device)
+    report = {
+        "arguments": vars(args),
+        "image_size": model.config.image_size,
+        "classes": examples["train"].id2label,
+        "num_images": {split: len(part) for split, part in examples.items()},
+        "trainable_parameters": {name: sum(p.numel() for p in part) for name, part in model.parameter_parts().items()},
+        "seconds": round(state.seconds, 1),
+        "num_processes": accelerator.num_processes,
+        "best_epoch": state.best_epoch,
+        "history": state.history,
+    }
+    for split in ("validation", "test") if args.do_test else ("validation",):
+        part = examples[split]
+        table = evaluate(accelerator, model, processor, part, args)
+        report[split] = table.mean()
+        if part.labels is not None:
+            report[f"{split}_classes"] = class_means(table, part)
+        if args.box_jitter:
+            jittered = evaluate(accelerator, model, processor, part, args, box_jitter=args.box_jitter)
+            report[f"{split}_jittered"] = jittered.mean()
+        report[f"{split}_objects"] = table.rows
+        floors = "floors" if split == "validation" else f"{split}_floors"
+        if accelerator.is_main_process:
+            report[floors] = {name: floor.mean() for name, floor in floor_metrics(part).items()}
+    if accelerator.is_main_process:
+        model.save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)
+        write_report(output_dir, report)
+    accelerator.wait_for_everyone()
+
+
+def get_examples(args: argparse.Namespace) -> dict[str, Examples]:
+    labels = None
+    if args.labels is not None:
+        labels = {int(value): name for value, name in json.loads(Path(args.labels).read_text()).items()}
+    counts = {"train": args.num_train_images, "validation": args.num_eval_images, "test": args.num_eval_images}
+    return {
+        split: without_empty_masks(
+            load_examples(
+                args.dataset_name,
+                split,
+                seed=args.seed,
+                labels=labels,
+                num_images=counts[split],
+                image_size=args.phantom_size,
+                num_classes=args.num_classes,
+            )
+        )
+        for split in (("train", "validation", "test") if args.do_test else ("train", "validation"))
+    }
+
+
+def get_model_and_processor(args: argparse.Namespace, examples: Examples) -> tuple[IMedSamModel, IMedSamProcessor]:
+    """From a SAM checkpoint, or from an I-MedSAM one to train on."""
+    path = args.model_name_or_path
+    if PreTrainedConfig.get_config_dict(path)[0].get("model_type") != "imedsam":
+        model = IMedSamModel.from_sam_pretrained(
+            path, image_size=args.image_size or 384, id2label=examples.id2label, **args.config
+        )
+        size, mode = model.config.image_size, args.resize_mode or "stretch"
+        return model, IMedSamProcessor(IMedSamImageProcessor(size=size, resize_mode=mode))
+    if args.config or args.image_size or args.resize_mode:
+        raise ValueError(
+            f"Expected no --config, --image_size or --resize_mode with {path}, got some: it is an I-MedSAM checkpoint "
+            "and keeps its own; start from a SAM checkpoint to change them."
+        )
+    model = IMedSamModel.from_pretrained(path)
+    if model.config.num_labels != len(examples.id2label):
+        raise ValueError(
+            f"Expected {model.config.num_labels} classes in {args.dataset_name}, which {path} was trained for, got "
+            f"{len(examples.id2label)}: start from a SAM checkpoint."
+        )
+    return model, IMedSamProcessor.from_pretrained(path)
+
+
+def get_dataloaders(args: argparse.Namespace, examples: Examples, processor: IMedSamProcessor) -> DataLoader:
+    """The batches of the training images; validation images are read one by one at their own sizes."""
+    dataset = PromptedSegmentationDataset(
+        examples,
+        processor,
+        num_points=args.num_points,
+        uniform_share=args.uniform_share,
+        point_weighting=args.point_weighting,
+        box_jitter=args.box_jitter,
+        augmentation=args.augmentation,
+        supervision=args.supervision,
+        label_size=args.label_size or processor.image_processor.size["height"],
+        seed=args.seed,
+    )
+    return DataLoader(
+        dataset,
+        batch_size=args.per_device_train_batch_size,
+        sampler=EpochSampler(dataset, args.seed),
+        collate_fn=collate_prompts,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def get_parameter_groups(model: IMedSamModel, args: argparse.Namespace) -> list[dict]:
+    """AdamW's groups: a learning rate per part, and no weight decay on biases, norms and gates."""
+    groups = []
+    for name, parameters in model.parameter_parts().items():
+        decays = [p.ndim > 1 and name != "frequency gates" for p in parameters]
+        for decay in (True, False):
+            chosen = [p for p, decayed in zip(parameters, decays, strict=True) if decayed == decay]
+            if chosen:
+                groups.append(
+                    {
+                        "name": name if decay else f"{name} (no decay)",
+                        "params": chosen,
+                        "lr": getattr(args, LEARNING_RATES[name]),
+                        "weight_decay": args.weight_decay if decay else 0.0,
+                    }
+                )
+    return groups
+
+
+def get_coarse_loss_weight(args: argparse.Namespace, epoch: int, batch: int, batches_per_epoch: int) -> float:
+    """Falls from 1 to 0.1 over `--coarse_ramp_epochs`; the rest is the merged output's."""
+    if args.coarse_ramp_epochs == 0:
+        return LAST_COARSE_WEIGHT
+    progress = min(1.0, (epoch + batch / batches_per_epoch) / args.coarse_ramp_epochs)
+    return 1.0 - (1.0 - LAST_COARSE_WEIGHT) * progress
+
+
+def get_frequency_ratio(accelerator, model, processor, examples: Examples) -> list[float]:
+    """How much the frequency branch adds to each block, on the first validation image; [] without a branch."""
+    model = accelerator.unwrap_model(model)
+    if model.frequency_branch is None:
+        return []
+    pixel_values = processor.image_processor(examples[0]["image"])["pixel_values"]
+    return model.frequency_ratio(pixel_values.to(model.device)).tolist()
+
+
+def seed_step(seed: int, epoch: int, batch: int, process_index: int) -> None:
+    """Makes dropout a function of the position in the run, so that a checkpoint needs no generator's state."""
+    key = np.random.SeedSequence([seed, epoch, batch, process_index]).generate_state(1, np.uint64)
+    torch.manual_seed(int(key[0]))
+
+
+def count_epochs_and_steps(args: argparse.Namespace, batches_per_epoch: int) -> tuple[int, int]:
+    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    if args.max_train_steps is None:
+        return args.num_train_epochs, args.num_train_epochs * steps_per_epoch
+    return math.ceil(args.max_train_steps / steps_per_epoch), args.max_train_steps
+
+
+def flatten(values: dict) -> dict[str, float]:
+    """{"a": {"b": 1}, "c": [2]} -> {"a/b": 1, "c/0": 2}."""
+    flat = {}
+    for key, value in values.items():
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        flat.update({f"{key}/{inner}": number for inner, number in items})
+    return flat
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--model_name_or_path", required=True, help="SAM checkpoint to start from, or I-MedSAM checkpoint to train on."
+    )
+    add("--dataset_name", required=True, help='"phantoms", a folder with images/ and masks/, or a `datasets` name.')
+    add("--output_dir", required=True)
+    add("--labels", help='JSON file {"0": "background", "1": ...} for label maps that come without one.')
+    add("--num_train_images", type=int, help="Train on the first so many images; how many phantoms to draw.")
+    add("--num_eval_images", type=int, help="The same for validation and test.")
+    add("--num_classes", type=int, default=1, help="Of phantoms: 1 or 2.")
+    add("--phantom_size", type=int, default=256, help="Side of phantoms in pixels.")
+    add("--image_size", type=int, help="Side of the model's square; 384 by default.")
+    add("--resize_mode", choices=RESIZE_MODES, help='"stretch" by default.')
+    add("--config", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="IMedSamConfig values, as JSON.")
+    add("--num_points", type=int, default=4096, help="Supervised points per prompt.")
+    add("--uniform_share", type=float, default=0.5, help="Share of them from the whole image, not around the box.")
+    add("--point_weighting", choices=("importance", "none"), default="importance")
+    add("--supervision", choices=("points", "dense"), default="points")
+    add("--label_size", type=int, help="Side of the dense labels; the model's square by default.")
+    add("--box_jitter", type=float, default=0.1, help="Largest move of a box's side, as a share of the box.")
+    add("--augmentation", choices=STRENGTHS, default="strong")
+    add("--per_device_train_batch_size", type=int, default=4)
+    add("--per_device_eval_batch_size", type=int, default=4)
+    add("--learning_rate", type=float, default=1e-3, help="Of the fields and the frequency gates.")
+    add("--adapter_learning_rate", type=float, default=5e-5, help="Of the adapters, prompt encoder and upscaling.")
+    add("--encoder_learning_rate", type=float, default=1e-4, help="Of image encoder and mask decoder, if trained.")
+    add("--weight_decay", type=float, default=0.01)
+    add("--num_train_epochs", type=int, default=100)
+    add("--max_train_steps", type=int, help="Takes precedence over the epochs.")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--lr_scheduler_type", type=SchedulerType, choices=list(SchedulerType), default=SchedulerType.COSINE)
+    add("--num_warmup_steps", type=int, default=0)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--coarse_ramp_epochs", type=float, default=5, help="Epochs in which the coarse loss's weight falls to 0.1.")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"))
+    add("--seed", type=int, default=0)
+    add("--dataloader_num_workers", type=int, default=0)
+    add("--eval_every", type=int, default=1, help="Epochs between validations.")
+    add("--evaluation_size", type=int, default=256, help="Side of the masks compared while training.")
+    add("--do_test", action="store_true", help="Score the test split, once, at the end.")
+    add("--checkpointing_steps", type=_int_or_epoch, default="epoch", help='Number of steps, or "epoch".')
+    add("--resume_from_checkpoint", help='A folder step_N, or "latest" for the newest in --output_dir, if any.')
+    add("--with_tracking", action="store_true")
+    add("--report_to", default="all", help="Tracker, such as tensorboard.")
+    args = parser.parse_args(argv)
+    try:
+        args.config = dict(parse_config(item) for item in args.config)
+    except ValueError as error:
+        parser.error(str(error))
+    args.lr_scheduler_type = args.lr_scheduler_type.value
+    return args
+
+
+def parse_config(item: str) -> tuple[str, object]:
+    """'lora_rank=8' -> ("lora_rank", 8); what is no JSON is a string."""
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise ValueError(f"Expected KEY=VALUE after --config, got {item!r}.")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _int_or_epoch(value):
+    return value if value == "epoch" else int(value)
+
+
+if __name__ == "__main__":
+    main()
