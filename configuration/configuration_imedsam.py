@@ -91,9 +91,9 @@ class IMedSamConfig(PreTrainedConfig):
     """
 
     model_type = "imedsam"
-    sub_configs_defaults = {"sam_config": SamConfig}
+    sub_configs_defaults = {"sam_config": SamConfig}  # type: ignore[dict-item]  # transformers turns it into a spec
 
-    sam_config: dict | PreTrainedConfig | None = None
+    sam_config: Any = None  # a `SamConfig` once initialised
     lora_rank: int = 4
     lora_alpha: int = 4
     lora_targets: list[str] | tuple[str, ...] | None = None
@@ -141,6 +141,15 @@ class IMedSamConfig(PreTrainedConfig):
     def patch_size(self) -> int:
         return self.sam_config.vision_config.patch_size
 
+    @property
+    def num_labels(self) -> int:
+        """Number of classes."""
+        return len(self.id2label or {})
+
+    @num_labels.setter
+    def num_labels(self, num_labels: int) -> None:
+        self._name_classes(num_labels)
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What is saved. The classes are always named: `PreTrainedConfig` takes missing ones for 2."""
         return {**super().to_diff_dict(), "id2label": self.id2label}
@@ -166,6 +175,7 @@ class IMedSamConfig(PreTrainedConfig):
             )
 
     def _refuse_contradictions(self) -> None:
+        targets = list(self.lora_targets or [])
         vision, prompt = self.sam_config.vision_config, self.sam_config.prompt_encoder_config
         if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
             raise ValueError(
@@ -207,14 +217,14 @@ class IMedSamConfig(PreTrainedConfig):
                 f"Expected lora_rank >= 0 and lora_alpha > 0, got {self.lora_rank} and {self.lora_alpha}: "
                 "use lora_rank=0 with lora_targets=[] to train without LoRA."
             )
-        if self.lora_rank == 0 and len(self.lora_targets) > 0:
+        if self.lora_rank == 0 and targets:
             raise ValueError(
-                f"Expected no lora_targets with lora_rank 0, got {list(self.lora_targets)}: "
+                f"Expected no lora_targets with lora_rank 0, got {targets}: "
                 "leave lora_targets out or set a rank of at least 1."
             )
-        if self.lora_rank > 0 and not set(self.lora_targets) <= {"q_proj", "k_proj", "v_proj"}:
-            raise ValueError(f"Expected lora_targets out of q_proj, k_proj, v_proj, got {list(self.lora_targets)}.")
-        if self.lora_rank > 0 and len(self.lora_targets) == 0:
+        if self.lora_rank > 0 and not set(targets) <= {"q_proj", "k_proj", "v_proj"}:
+            raise ValueError(f"Expected lora_targets out of q_proj, k_proj, v_proj, got {targets}.")
+        if self.lora_rank > 0 and not targets:
             raise ValueError(
                 f"Expected lora_targets with lora_rank {self.lora_rank}, got none: "
                 "set lora_rank=0 to train without LoRA."

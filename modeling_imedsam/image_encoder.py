@@ -16,7 +16,7 @@ class IMedSamVisionEncoder(SamVisionEncoder):
     def __init__(self, config: SamVisionConfig):
         super().__init__(config)
         for layer in self.layers:
-            layer.attn.qkv = SplitProjection(config.hidden_size, bias=config.qkv_bias)
+            layer.attn.qkv = SplitProjection(config.hidden_size, bias=config.qkv_bias)  # type: ignore[union-attr]
         self.post_init()
 
     def embed(self, pictures: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def resize_positions(state_dict: dict[str, Tensor], config: SamVisionConfig) -> 
         state_dict: of a `SamModel`, at any image size.
         config: the size to fit to, and which blocks are global.
     """
-    side = config.image_size // config.patch_size
+    side = config.image_size // config.patch_size  # type: ignore[operator]  # IMedSamConfig holds them to integers
     resized = dict(state_dict)
     key = "vision_encoder.pos_embed"
     if key in resized and resized[key].shape[1] != side:

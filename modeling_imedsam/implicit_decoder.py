@@ -6,6 +6,7 @@ the centre of pixel j of S lies at (2 j + 1) / S - 1. This is the frame of `grid
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +93,9 @@ class CoarseField(nn.Module):
     def forward(self, points: Tensor, prompt: Tensor) -> Tensor:
         """(R, N, C) and the prompts' embeddings (R, E) -> hidden vectors (R, N, D)."""
         # The points of a prompt share its embedding: its part of the first layer is multiplied once.
-        own, shared = self.layers[0].weight.split([points.shape[-1], prompt.shape[-1]], dim=-1)
-        hidden = F.linear(points, own, self.layers[0].bias) + F.linear(prompt, shared)[:, None]
+        first = cast(HiddenLinear, self.layers[0])
+        own, shared = first.weight.split([points.shape[-1], prompt.shape[-1]], dim=-1)
+        hidden = F.linear(points, own, first.bias) + F.linear(prompt, shared)[:, None]
         hidden = F.relu(self.norms[0](hidden))
         for layer, norm in zip(self.layers[1:], self.norms[1:], strict=True):
             hidden = F.relu(norm(layer(hidden)))
@@ -125,8 +127,9 @@ class FineField(nn.Module):
             Logits, (K,).
         """
         inputs = torch.cat([points, coarse_features], dim=-1)
-        own, shared = self.layers[0].weight.split([inputs.shape[-1], prompt.shape[-1]], dim=-1)
-        hidden = F.relu(F.linear(inputs, own, self.layers[0].bias) + F.linear(prompt, shared)[rows])
+        first = cast(HiddenLinear, self.layers[0])
+        own, shared = first.weight.split([inputs.shape[-1], prompt.shape[-1]], dim=-1)
+        hidden = F.relu(F.linear(inputs, own, first.bias) + F.linear(prompt, shared)[rows])
         for layer in self.layers[1:]:
             hidden = F.relu(layer(hidden))
         return self.head_out(F.relu(self.head_hidden(hidden, classes)), classes)[:, 0]

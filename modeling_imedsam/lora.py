@@ -54,6 +54,6 @@ def get_peft_config(config: IMedSamConfig) -> LoraConfig:
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=rf".*vision_encoder.*\.({'|'.join(config.lora_targets)})",
+        target_modules=rf".*vision_encoder.*\.({'|'.join(config.lora_targets or [])})",
         modules_to_save=modules_to_save,
     )

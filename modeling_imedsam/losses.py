@@ -30,8 +30,7 @@ def cross_entropy_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = 
 def dice_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, smooth: float = 1e-5) -> Tensor:
     """1 - (2 sum p y + smooth) / (sum p + sum y + smooth), weighted sums over the points, (..., N) -> (...,)."""
     probabilities = logits.sigmoid()
-    if weights is None:
-        weights = 1.0
-    overlap = (weights * probabilities * labels).sum(dim=-1)
-    total = (weights * probabilities).sum(dim=-1) + (weights * labels).sum(dim=-1)
+    area = 1.0 if weights is None else weights
+    overlap = (area * probabilities * labels).sum(dim=-1)
+    total = (area * probabilities).sum(dim=-1) + (area * labels).sum(dim=-1)
     return 1 - (2 * overlap + smooth) / (total + smooth)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
-from imedsam.implicit_decoder import ImplicitDecoder
+from imedsam.implicit_decoder import FineField, ImplicitDecoder
 from imedsam.rendering import RenderedMasks, pixel_centres, render
 from imedsam.uncertainty import (
     closed_form_variance,
@@ -53,7 +53,7 @@ class MaskField(ABC):
     """
 
     # Whether the points to refine are the most uncertain ones of a rendered grid (the paper's rule).
-    selects_on_the_grid = False
+    selects_on_the_grid: bool = False
 
     def __init__(self, batch_size: int, num_prompts: int, device: torch.device):
         self.batch_size, self.num_prompts, self.device = batch_size, num_prompts, device
@@ -66,6 +66,10 @@ class MaskField(ABC):
                 model's square.
             point_weights: (B, P, N), only while training: areas that the points stand for.
         """
+
+    def selecting_from(self, uncertainty: Tensor) -> "MaskField":
+        """This field, refined at the most uncertain ones of a grid's points, (B, P, M, N)."""
+        return self
 
     def __call__(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and uncertainty at (B, P, N, 2) points (x, y) in [-1, 1]; (B, P, M, N) each."""
@@ -131,25 +135,24 @@ class ImplicitMaskField(MaskField):
         uncertainty = torch.cat([self._coarse(lattice[r : r + 1], slice(r, r + 1))[3] for r in range(len(lattice))])
         return selection_threshold(uncertainty, self.config.selection_share)
 
-    def with_threshold(self, threshold: Tensor) -> "ImplicitMaskField":
-        """The same field with another tau, (B P, M)."""
+    def selecting_from(self, uncertainty: Tensor) -> "ImplicitMaskField":
         field = ImplicitMaskField(
             self.decoder, self.config, self.features, self.prompt, self.frame, self.classes, self.batch_size
         )
-        field.threshold = threshold
+        field.threshold = selection_threshold(uncertainty.flatten(0, 1), self.config.selection_share)
         return field
 
     def values(self, coordinates: Tensor, point_weights: Tensor | None = None) -> FieldValues:
         points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
         encoded, hidden, coarse, uncertainty = self._coarse(points)
         logits = coarse
-        if self.decoder.fine is not None:
+        if (fine := self.decoder.fine) is not None:
             if self.decoder.training:
                 weights = None if point_weights is None else point_weights.flatten(0, 1)[:, None]
                 threshold = selection_threshold(uncertainty, self.config.selection_share, weights)
             else:
                 threshold = self.threshold
-            logits = self._refine(encoded, hidden, coarse, uncertainty > threshold[..., None])
+            logits = self._refine(fine, encoded, hidden, coarse, uncertainty > threshold[..., None])
         values = FieldValues(logits, coarse, uncertainty)
         return FieldValues(*(v.unflatten(0, (self.batch_size, self.num_prompts)) for v in vars(values).values()))
 
@@ -178,13 +181,13 @@ class ImplicitMaskField(MaskField):
         logits = weight @ hidden.transpose(1, 2) + bias[..., None]
         return closed_form_variance(hidden, logits, weight, self.config.dropout)
 
-    def _refine(self, encoded: Tensor, hidden: Tensor, coarse: Tensor, selected: Tensor) -> Tensor:
+    def _refine(self, fine: FineField, encoded: Tensor, hidden: Tensor, coarse: Tensor, selected: Tensor) -> Tensor:
         """The fine field's logits where `selected` (R, M, N), the coarse ones elsewhere."""
         rows, masks, points = selected.nonzero(as_tuple=True)
         classes = self.classes[rows, masks]
         coarse_features = self.decoder.coarse.head(hidden[rows, points], classes, slice(1, None))
-        fine = self.decoder.fine(encoded[rows, points], coarse_features, self.prompt, rows, classes)
-        return coarse.index_put((rows, masks, points), fine.to(coarse.dtype))
+        refined = fine(encoded[rows, points], coarse_features, self.prompt, rows, classes)
+        return coarse.index_put((rows, masks, points), refined.to(coarse.dtype))
 
 
 class InterpolatedMaskField(MaskField):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -77,17 +77,19 @@ class IMedSamModel(SamPreTrainedModel):
     left corner of the upper left pixel; the processor brings them there.
     """
 
+    config: IMedSamConfig  # type: ignore[assignment]  # SAM's base class has its own
     config_class = IMedSamConfig
     base_model_prefix = "imedsam"
 
     def __init__(self, config: IMedSamConfig):
         super().__init__(config)
-        sam: SamConfig = config.sam_config
+        sam = config.sam_config
         self.vision_encoder = IMedSamVisionEncoder(sam.vision_config)
         self.prompt_encoder = PromptEncoder(sam)
         sam.mask_decoder_config._attn_implementation = config._attn_implementation
         self.mask_decoder = PromptFusion(sam.mask_decoder_config)
-        self.frequency_view = self.frequency_branch = None
+        self.frequency_view: FrequencyView | None = None
+        self.frequency_branch: FrequencyBranch | None = None
         if config.frequency_view is not None:
             self.frequency_view = FrequencyView(config.frequency_view, config.frequency_log)
             self.frequency_branch = FrequencyBranch(config)
@@ -126,10 +128,10 @@ class IMedSamModel(SamPreTrainedModel):
             point_weights: (B, P, N), areas that the coordinates stand for.
             coarse_loss_weight: weight of the coarse field's loss; the merged output's has the rest.
         """
-        if (pixel_values is None) == (image_embeddings is None):
-            raise ValueError("Expected one of pixel_values and image_embeddings, got both or neither.")
-        if image_embeddings is None:
+        if pixel_values is not None and image_embeddings is None:
             image_embeddings = self.get_image_embeddings(pixel_values, reshaped_input_sizes)
+        elif pixel_values is not None or image_embeddings is None:
+            raise ValueError("Expected one of pixel_values and image_embeddings, got both or neither.")
         field = self.get_mask_field(
             image_embeddings, input_boxes, input_points, input_labels, input_masks, class_labels
         )
@@ -138,21 +140,21 @@ class IMedSamModel(SamPreTrainedModel):
             raise ValueError(
                 f"Expected prompt_attention_mask of shape (B, P) = {shape}, got {tuple(prompt_attention_mask.shape)}."
             )
-        output = IMedSamOutput(image_embeddings=image_embeddings)
+        output: dict[str, Tensor] = {}
         if labels is not None:
             values, labels = self._values_at_labels(field, coordinates, labels, point_weights)
-            output.loss = _mean_loss(values, labels, point_weights, coarse_loss_weight, prompt_attention_mask)
-            output.point_logits = values.logits
+            output["loss"] = _mean_loss(values, labels, point_weights, coarse_loss_weight, prompt_attention_mask)
+            output["point_logits"] = values.logits
         elif coordinates is not None:
-            output.point_logits, _ = field(coordinates)
+            output["point_logits"], _ = field(coordinates)
         if coordinates is None and (labels is None or output_size is not None):
-            rendered = field.render(output_size or (self.config.image_size, self.config.image_size))
-            output.pred_masks, output.coarse_masks = rendered.logits, rendered.coarse_logits
-            output.uncertainty, output.iou_scores = rendered.uncertainty, rendered.scores
+            masks = field.render(output_size or (self.config.image_size, self.config.image_size))
+            output["pred_masks"], output["coarse_masks"] = masks.logits, masks.coarse_logits
+            output["uncertainty"], output["iou_scores"] = masks.uncertainty, masks.scores
             if prompt_attention_mask is not None:
                 padded = ~prompt_attention_mask.bool()[:, :, None, None, None]
-                output.pred_masks = output.pred_masks.masked_fill(padded, -100.0)
-        return output
+                output["pred_masks"] = masks.logits.masked_fill(padded, -100.0)
+        return IMedSamOutput(**output, image_embeddings=image_embeddings)
 
     def get_image_embeddings(self, pixel_values: Tensor, reshaped_input_sizes: Tensor | None = None) -> Tensor:
         """
@@ -167,9 +169,7 @@ class IMedSamModel(SamPreTrainedModel):
                 f"Expected pixel_values of shape (B, 3, {size}, {size}), got {tuple(pixel_values.shape)}: "
                 "use IMedSamProcessor with this model's image_size."
             )
-        injections = None
-        if self.frequency_branch is not None and not self._adapter_disabled:
-            injections = self._injections(pixel_values, reshaped_input_sizes)
+        injections = self._injections(pixel_values, reshaped_input_sizes)
         return self.vision_encoder(pixel_values.to(self.dtype), injections)
 
     def get_mask_field(
@@ -241,7 +241,7 @@ class IMedSamModel(SamPreTrainedModel):
         return model.eval()
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # names the arguments that it passes on
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *args: Any,
@@ -284,7 +284,9 @@ class IMedSamModel(SamPreTrainedModel):
         dtype = loading.pop("dtype", None)
         if isinstance(dtype, str):
             dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
-        sam = SamModel.from_pretrained(path, dtype=torch.float32, **loading)
+        # Declared to return the model alone.
+        loaded: Any = SamModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **loading)
+        sam, found = loaded
         if "attn_implementation" in loading:
             config._attn_implementation = loading["attn_implementation"]
         model = cls(config)
@@ -294,12 +296,13 @@ class IMedSamModel(SamPreTrainedModel):
         state_dict = split_qkv(resize_positions(state_dict, config.sam_config.vision_config))
         missing, unexpected = model.load_state_dict(state_dict, strict=False)
         missing = [key for key in missing if not key.startswith(("frequency_branch.", "implicit_decoder."))]
+        missing += sorted(found["missing_keys"])  # which transformers filled at random
         if missing or unexpected:
             raise ValueError(f"Expected SAM's weights at {path}, got missing {missing} and unexpected {unexpected}.")
         model.name_or_path = str(path)
         return model if dtype is None else model.to(dtype)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # names the arguments that it uses
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -322,7 +325,7 @@ class IMedSamModel(SamPreTrainedModel):
         if not is_main_process:
             return
         self.save_adapter(save_directory)
-        save_torch_state_dict(self._base_state_dict(), save_directory)
+        save_torch_state_dict(self._base_state_dict(), str(save_directory))
 
     def save_adapter(self, save_directory: str | os.PathLike) -> None:
         """
@@ -348,22 +351,44 @@ class IMedSamModel(SamPreTrainedModel):
         """
         super().add_adapter(adapter_config or get_peft_config(self.config), adapter_name)
 
-    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(
+        self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """
-        Loads a further adapter, `load_adapter(folder, adapter_name)`; `set_adapter(adapter_name)` switches to it.
+        Loads a further adapter; `set_adapter(adapter_name)` switches to it.
 
         Raises:
             ValueError: an adapter of another configuration.
         """
-        info = super().load_adapter(*args, **kwargs)
-        missing, unexpected = info.missing_and_mismatched(), info.unexpected_keys
-        if missing or unexpected:
+        if peft_model_id is not None:
+            other = self.config_class.from_pretrained(
+                peft_model_id, **_only_finding(kwargs.get("adapter_kwargs") or {})
+            )
+            for key in _SHARED_BY_ADAPTERS:
+                if getattr(other, key) != getattr(self.config, key):
+                    raise ValueError(
+                        f"Expected an adapter with {key} {getattr(self.config, key)!r}, got {getattr(other, key)!r} "
+                        f"at {peft_model_id}: load it by itself with from_pretrained."
+                    )
+        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        # transformers counts other adapters' parameters as missing too.
+        missing = [key for key in info.missing_and_mismatched() if _adapter_of(key) == (adapter_name or "default")]
+        if missing or info.unexpected_keys:
             raise ValueError(
                 f"Expected an adapter for this model's configuration, got one with missing {sorted(missing)} and "
-                f"unexpected {sorted(unexpected)}: load it by itself with from_pretrained."
+                f"unexpected {sorted(info.unexpected_keys)}: load it by itself with from_pretrained."
             )
         self.set_trainable()
         return info
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The parameters of an adapter, by default of the active one."""
+        # PEFT would ask the Hub whether the base's vocabulary was changed.
+        return get_peft_model_state_dict(
+            self, state_dict, adapter_name or self.active_adapters()[0], save_embedding_layers=False
+        )
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
         """Makes another loaded adapter the active one."""
@@ -426,9 +451,11 @@ class IMedSamModel(SamPreTrainedModel):
         |g f| / |x| per block: how much the frequency branch adds to what the block puts out, (depth,). A branch that
         stays silent proves nothing in an ablation.
         """
-        if self.frequency_branch is None:
-            raise ValueError("Expected a model with a frequency branch, got frequency_view=None.")
         injections = self._injections(pixel_values, reshaped_input_sizes)
+        if injections is None:
+            raise ValueError(
+                "Expected a model with a frequency branch, got frequency_view=None or a disabled adapter."
+            )
         hidden_states, ratios = self.vision_encoder.embed(pixel_values.to(self.dtype)), []
         for block, injection in zip(self.vision_encoder.layers, injections, strict=True):
             hidden_states = block(hidden_states)
@@ -446,8 +473,10 @@ class IMedSamModel(SamPreTrainedModel):
         elif isinstance(module, FrequencyBranch):
             init.zeros_(module.gates)
 
-    def _injections(self, pixel_values: Tensor, reshaped_input_sizes: Tensor | None) -> list[Tensor]:
-        """What the frequency branch adds to the blocks' outputs."""
+    def _injections(self, pixel_values: Tensor, reshaped_input_sizes: Tensor | None) -> list[Tensor] | None:
+        """What the frequency branch adds to the blocks' outputs; None without one."""
+        if self.frequency_view is None or self.frequency_branch is None or self._adapter_disabled:
+            return None
         # Of the pixels as they are given: half precision would add its rounding noise to every frequency.
         spectrum = self.frequency_view(pixel_values, reshaped_input_sizes).to(self.dtype)
         return self.frequency_branch(self.vision_encoder.embed(spectrum))
@@ -469,8 +498,7 @@ class IMedSamModel(SamPreTrainedModel):
         parts: dict[str, list[nn.Parameter]] = {name: [] for name, _ in _PARTS}
         active = self.active_adapters()[0] if self._hf_peft_config_loaded else None
         for name, parameter in self.named_parameters():
-            adapter = _ADAPTER_NAME.search(name)
-            if "original_module" in name or (adapter and active not in adapter.groups()):
+            if "original_module" in name or _adapter_of(name) not in (None, active):
                 continue
             name = _ADAPTER_NAME.sub("", name)
             part = next((part for part, pattern in _PARTS if re.match(pattern, name)), None)
@@ -538,10 +566,26 @@ _PARTS = [
     ("mask decoder", r"mask_decoder"),
 ]
 _ADAPTER_NAME = re.compile(r"modules_to_save\.([^.]+)\.|(?<=lora_[AB])\.([^.]+)")
+# What changes the function that an adapter's parameters stand for, and not always their shapes.
+_SHARED_BY_ADAPTERS = (
+    "image_size",
+    "frequency_view",
+    "frequency_log",
+    "implicit_decoder",
+    "coordinate_octaves",
+    "prompt_frame",
+    "prompt_frame_octaves",
+)
 _FINDING_KEYS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 _LOADING_KEYS = _FINDING_KEYS | {"dtype", "attn_implementation"}
 # Where in the Hub an adapter is, which says nothing about its base.
 _PLACE_KEYS = {"revision", "subfolder"}
+
+
+def _adapter_of(name: str) -> str | None:
+    """The adapter that a parameter belongs to, if it does to any."""
+    match = _ADAPTER_NAME.search(name)
+    return match and (match[1] or match[2])
 
 
 def _only_finding(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -59,12 +59,12 @@ class PromptEncoder(SamPromptEncoder):
 
     def __init__(self, config: SamConfig):
         super().__init__(config)
-        self.shared_embedding = PositionalEmbedding(config.vision_config)
+        self.shared_embedding = PositionalEmbedding(config.vision_config)  # type: ignore[arg-type]  # no dict any more
 
-    def forward(self, prompts: "Prompts") -> "EncodedPrompts":
+    def forward(self, prompts: "Prompts") -> "EncodedPrompts":  # type: ignore[override]
         # SAM adds half a pixel, as it counts from the centre of the first pixel where we count from its corner.
         tokens, present, given = [], [], []
-        if prompts.points is not None:
+        if prompts.points is not None and prompts.labels is not None:
             points, labels = prompts.points.flatten(0, 1)[:, None] - 0.5, prompts.labels.flatten(0, 1)
             tokens.append(self._embed_points(points, labels[:, None], pad=False)[:, 0])
             present.append(labels != PADDING_POINT)
@@ -191,7 +191,7 @@ class Prompts:
                     f"Expected {name} of shape {shape}, got {tuple(tensor.shape)}: B images, P prompts, as "
                     "IMedSamProcessor returns them."
                 )
-            shapes[name] = tuple(tensor.shape[:2])
+            shapes[name] = (tensor.shape[0], tensor.shape[1])
         if labels is not None and (points is None or labels.shape != points.shape[:-1]):
             raise ValueError(
                 f"Expected a label for each point, got input_labels of shape {tuple(labels.shape)} and input_points "
@@ -219,7 +219,7 @@ class Prompts:
         """
         if self.boxes is not None:
             edges, smallest = self.boxes.flatten(0, 1).float(), 1 / image_size
-        elif self.points is not None:
+        elif self.points is not None and self.labels is not None:
             labels = self.labels.flatten(0, 1)
             inside = labels == 1
             chosen = torch.where(inside.any(dim=-1, keepdim=True), inside, labels != PADDING_POINT)[..., None]

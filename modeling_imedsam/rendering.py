@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from imedsam.uncertainty import selection_threshold
-
 if TYPE_CHECKING:
     from imedsam.mask_field import FieldValues, MaskField
 
@@ -64,7 +62,7 @@ def render(field: MaskField, output_size: Sequence[int], region: Tensor | None =
     coordinates = pixel_centres((height, width), region.expand(field.batch_size, 4).to(field.device))[:, None]
     if field.selects_on_the_grid:
         uncertainty = torch.cat([values.uncertainty for values in _tiles(field, coordinates)], dim=-1)
-        field = field.with_threshold(selection_threshold(uncertainty.flatten(0, 1), field.config.selection_share))
+        field = field.selecting_from(uncertainty)
     tiles = list(_tiles(field, coordinates))
     return RenderedMasks(
         *(

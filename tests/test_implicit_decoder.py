@@ -1,4 +1,4 @@
-"""The implicit decoder and its field: frames, encodings, networks and selection, each against something independent."""
+"""The implicit decoder and its field: frames, encodings, networks, selection, each against something independent."""
 
 import math
 
@@ -18,7 +18,7 @@ CHANNELS, EMBEDDING = 4, 32  # of the tiny SAM: features per point, and of a pro
 
 @pytest.fixture
 def make_field(tiny_config, randomised):
-    """`make_field(classes=None, side=8, train=False, dtype=..., **config)`: a field of 2 images with 3 prompts each."""
+    """`make_field(classes=None, side=8, train=False, dtype=..., **config)`: a field, 2 images with 3 prompts each."""
 
     def make(classes=None, side=8, train=False, dtype=torch.float32, **values):
         config = tiny_config(lora_rank=0, **values)

@@ -150,7 +150,10 @@ REFUSED = [
     ),
     ({"input_boxes": rand(2, 4)}, r"input_boxes of shape \(B, P, 4\), got \(2, 4\): B images, P prompts"),
     ({"input_boxes": rand(2, 2, 5)}, r"input_boxes of shape \(B, P, 4\), got \(2, 2, 5\)"),
-    ({"input_boxes": rand(3, 2, 4)}, r"Expected 2 images .* got \(images, prompts\) {'input_boxes': \(3, 2\)}: pad them"),
+    (
+        {"input_boxes": rand(3, 2, 4)},
+        r"Expected 2 images .* got \(images, prompts\) {'input_boxes': \(3, 2\)}: pad them",
+    ),
     ({"input_points": rand(2, 2, 2)}, r"input_points of shape \(B, P, N, 2\), got \(2, 2, 2\)"),
     ({"input_points": rand(2, 2, 5, 3)}, r"input_points of shape \(B, P, N, 2\), got \(2, 2, 5, 3\)"),
     (
@@ -339,9 +342,7 @@ def test_padded_prompts_have_no_influence(model, inputs):
 
     def gradient(boxes, labels):
         model.zero_grad()
-        loss = model(
-            inputs["pixel_values"], boxes, coordinates=points, labels=labels, prompt_attention_mask=mask
-        ).loss
+        loss = model(inputs["pixel_values"], boxes, coordinates=points, labels=labels, prompt_attention_mask=mask).loss
         loss.backward()
         return loss.detach(), model.implicit_decoder.coarse.head.weight.grad.clone()
 
@@ -408,10 +409,11 @@ def test_one_step_changes_what_should_train(from_sam, inputs, values):
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # a frozen parameter given by mistake would move as well
     training_step(model, inputs)
-    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    gradients = {name: p.grad.abs().max() for name, p in model.named_parameters() if p.grad is not None}
     optimizer.step()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == with_gradient
+    # Softmax does not see a bias of the keys: its gradient is rounding noise, too small to count.
+    assert {name for name in gradients if gradients[name] > 1e-5} <= changed <= set(gradients)
     parts = model.parameter_parts()
     expected = {"prompt encoder"}
     if values.get("implicit_decoder", True):
@@ -432,11 +434,14 @@ def test_one_step_changes_what_should_train(from_sam, inputs, values):
     assert {names[id(p)] for part in parts.values() for p in part} == trainable
     for part, parameters in parts.items():  # some of every part moves
         assert {names[id(p)] for p in parameters} & changed, part
-    # Without a mask prompt, a background point or points alone these have no gradient.
-    idle = {name for name in trainable - changed if not any(key in name for key in ("mask_embed", "point_embed"))}
-    if values.get("implicit_decoder", True) and not values.get("train_mask_decoder"):
-        assert not idle
-    assert all(any(key in name for key in ("iou", "hypernetworks", "transformer")) for name in idle), idle
+    # Of what trains, nothing idles but what this prompt does not use, SAM's heads, and biases of keys.
+    unused = ("mask_embed", "point_embed", "k_proj.bias")
+    if values.get("train_mask_decoder") or not values.get("implicit_decoder", True):
+        unused += ("iou_prediction_head", "output_hypernetworks_mlps")
+    if values.get("train_mask_decoder"):  # the field takes the features, not the tokens
+        unused += ("final_attn",)
+    idle = {name for name in trainable - changed if not any(key in name for key in unused)}
+    assert not idle
 
 
 def test_training_lowers_the_loss(from_sam, inputs):
@@ -464,7 +469,7 @@ def test_gradient_checkpointing_changes_nothing(from_sam, inputs, values):
     expected = gradients()
     calls = []
     hook = model.vision_encoder.layers[0].layer_norm1.register_forward_hook(lambda *_: calls.append(1))
-    model.gradient_checkpointing_enable()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     assert_close(gradients(), expected)
     hook.remove()
     assert len(calls) == 2  # forward, and again in the backward pass
@@ -630,7 +635,7 @@ def test_every_ablation_trains_and_is_saved_and_loaded(from_sam, inputs, tmp_pat
         model.save_pretrained(tmp_path)
         loaded = IMedSamModel.from_pretrained(tmp_path)
         output = loaded(**inputs)
-    assert loaded.config.to_dict() == model.config.to_dict() and not loaded.training
+    assert {**loaded.config.to_dict(), "_name_or_path": ""} == model.config.to_dict() and not loaded.training
     for name, value in expected.items():
         assert torch.equal(output[name], value), name
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -29,11 +29,11 @@ def predict(
     image: Annotated[Path, typer.Option(help="An image, or a folder of images.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
     box: Annotated[
-        list[tuple[float, float, float, float]] | None,
-        typer.Option(help="x0 y0 x1 y1 in the image's pixels; once for each object."),
+        tuple[float, float, float, float] | None,
+        typer.Option(help="x0 y0 x1 y1 in the image's pixels."),
     ] = None,
     boxes: Annotated[
-        Path | None, typer.Option(help='JSON file {"name.png": [[x0, y0, x1, y1], ...]}, for images with other boxes.')
+        Path | None, typer.Option(help='JSON file {"name.png": [[x0, y0, x1, y1], ...]}, for several boxes or images.')
     ] = None,
     size: Annotated[
         tuple[int, int] | None, typer.Option(help="Height and width of the masks; the image's own by default.")
@@ -47,11 +47,11 @@ def predict(
     from imedsam.pipeline import IMedSamPipeline
     from imedsam.training.predict import find_images, predict_files, read_boxes
 
-    if (box is None or not box) == (boxes is None):
+    if (box is None) == (boxes is None):
         raise typer.BadParameter("Expected boxes by --box x0 y0 x1 y1 or by --boxes FILE, got both or neither.")
     try:
         images = find_images(image)
-        prompts = {path: box for path in images} if boxes is None else read_boxes(boxes, images)
+        prompts = {path: [box] for path in images} if box is not None else read_boxes(boxes, images)
         report = predict_files(IMedSamPipeline.from_pretrained(model, device), prompts, output, size, window)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

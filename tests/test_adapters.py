@@ -1,0 +1,321 @@
+"""An adapter's contract: disabled it is SAM, saved and loaded it is itself, merged it is the same function."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftConfig, PeftType
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import SamModel
+
+from imedsam.modeling_imedsam import IMedSamModel
+
+PEFT_WARNING = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+
+
+@pytest.fixture
+def model(from_sam):
+    return from_sam()
+
+
+@torch.no_grad()
+def masks(model, inputs):
+    return model(**inputs, output_size=(16, 16)).pred_masks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("values", [{}, {"implicit_decoder": False}, {"train_mask_decoder": True}], ids=str)
+def test_disabled_it_is_stock_sam(from_sam, tiny_sam, inputs, values):
+    model = from_sam(**values)
+    pixels, boxes = inputs.values()
+    expected = tiny_sam()(pixels, input_boxes=boxes - 0.5, multimask_output=False).pred_masks
+    enabled = masks(model, inputs)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.disable_adapters()
+    assert_close(model.get_image_embeddings(pixels), tiny_sam().get_image_embeddings(pixels), atol=1e-5, rtol=0)
+    assert_close(masks(model, inputs), expected, atol=1e-4, rtol=1e-4)
+    model.enable_adapters()
+    assert torch.equal(masks(model, inputs), enabled)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert (enabled - expected).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_a_new_adapter_leaves_sam_as_it_is(sam_folder, tiny_sam, inputs):
+    model = IMedSamModel.from_sam_pretrained(sam_folder, image_size=64)
+    pixels, boxes = inputs.values()
+    expected = tiny_sam().get_image_embeddings(pixels)
+    assert_close(model.get_image_embeddings(pixels), expected, atol=1e-5, rtol=0)
+    model = IMedSamModel.from_sam_pretrained(sam_folder, image_size=64, implicit_decoder=False)
+    expected = tiny_sam()(pixels, input_boxes=boxes - 0.5, multimask_output=False).pred_masks
+    assert_close(masks(model, inputs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_is_on_what_the_configuration_names(from_sam):
+    for targets in (["q_proj", "v_proj"], ["k_proj"]):
+        model = from_sam(lora_targets=targets, lora_rank=3, lora_alpha=6)
+        adapted = {name for name, p in model.named_parameters() if "lora_A" in name}
+        prefix = "vision_encoder.layers.{}.attn.qkv.{}.lora_A.default.weight"
+        assert adapted == {prefix.format(layer, target) for layer in range(2) for target in targets}
+        layer = getattr(model.vision_encoder.layers[0].attn.qkv, targets[0])
+        assert layer.scaling == {"default": 2.0} and layer.lora_A["default"].weight.shape == (3, 32)
+
+
+@torch.no_grad()
+def test_lora_is_w_plus_ba(from_sam):
+    layer = from_sam(lora_rank=2, lora_alpha=6).vision_encoder.layers[0].attn.qkv.q_proj
+    weight = layer.base_layer.weight + 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    tokens = torch.randn(4, 32)
+    assert_close(layer(tokens), tokens @ weight.T + layer.base_layer.bias)
+    assert (layer(tokens) - layer.base_layer(tokens)).abs().max() > 0.1
+
+
+def test_saved_whole_it_comes_back(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert {"config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    loaded = IMedSamModel.from_pretrained(tmp_path)
+    assert torch.equal(masks(loaded, inputs), masks(model, inputs))
+    assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    loaded.disable_adapters()
+    model.disable_adapters()
+    assert torch.equal(masks(loaded, inputs), masks(model, inputs))
+
+
+def test_saved_whole_it_needs_no_sam(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/nowhere"}))
+    assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path), inputs), masks(model, inputs))
+
+
+def test_a_whole_model_on_the_hub_needs_no_sam(model, inputs, tmp_path):
+    """In the layout of the Hub's cache, as a download leaves it."""
+    snapshot = tmp_path / "models--someone--imedsam" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--someone--imedsam" / "refs").mkdir()
+    (tmp_path / "models--someone--imedsam" / "refs" / "main").write_text("0" * 40)
+    model.name_or_path = model.peft_config["default"].base_model_name_or_path = "/nowhere"
+    model.save_pretrained(snapshot)
+    loaded = IMedSamModel.from_pretrained("someone/imedsam", cache_dir=tmp_path)
+    assert torch.equal(masks(loaded, inputs), masks(model, inputs))
+
+
+def test_an_adapter_alone_comes_back(model, inputs, sam_folder, tmp_path):
+    model.save_adapter(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        "config.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    loaded = IMedSamModel.from_pretrained(tmp_path)
+    assert torch.equal(masks(loaded, inputs), masks(model, inputs))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable and {name for name, p in loaded.named_parameters() if p.requires_grad} == trainable
+
+
+def test_an_adapter_holds_what_was_trained_and_nothing_else(model, tmp_path):
+    model.save_adapter(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    matrix = model.prompt_encoder.shared_embedding.positional_embedding.numel()  # a buffer of the prompt encoder
+    assert sum(value.numel() for value in saved.values()) == trained + matrix
+    assert not any("vision_encoder" in name and "lora" not in name for name in saved)
+
+
+def test_an_adapter_is_a_peft_checkpoint(model, sam_folder, tmp_path):
+    model.save_adapter(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert config.peft_type == PeftType.LORA and config.base_model_name_or_path == str(sam_folder)
+    assert config.r == 4 and {"frequency_branch", "implicit_decoder", "prompt_encoder"} < set(config.modules_to_save)
+    whole = tmp_path / "whole"
+    model.save_pretrained(whole)
+    assert PeftConfig.from_pretrained(whole).to_dict() == config.to_dict()
+
+
+def test_at_another_size_an_adapter_comes_back(from_sam, tmp_path):
+    model = from_sam(image_size=96)
+    inputs = {"pixel_values": torch.randn(1, 3, 96, 96), "input_boxes": torch.tensor([[[8.0, 12.0, 70.0, 90.0]]])}
+    model.save_adapter(tmp_path)
+    assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path), inputs), masks(model, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_adapter_comes_back_in_its_dtype(model, inputs, tmp_path, dtype):
+    """As transformers does by default; or in the one that is asked for."""
+    model.to(dtype).save_adapter(tmp_path)
+    loaded = IMedSamModel.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert torch.equal(masks(loaded, inputs), masks(model, inputs))
+    assert IMedSamModel.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
+
+
+def test_the_base_can_be_elsewhere(model, inputs, sam_folder, tmp_path):
+    model.save_adapter(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/nowhere"}))
+    with pytest.raises(OSError, match="nowhere"):
+        IMedSamModel.from_pretrained(tmp_path / "adapter")
+    shutil.copytree(sam_folder, tmp_path / "moved")
+    loaded = IMedSamModel.from_pretrained(tmp_path / "adapter", base_model_name_or_path=tmp_path / "moved")
+    assert torch.equal(masks(loaded, inputs), masks(model, inputs))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="to name the SAM that it belongs to, got no name: give base_model_name_or_"):
+        IMedSamModel.from_pretrained(tmp_path / "adapter")
+
+
+def test_revision_and_subfolder_are_the_adapters_alone(model, inputs, tmp_path):
+    model.save_adapter(tmp_path / "liver")
+    loaded = IMedSamModel.from_pretrained(tmp_path, subfolder="liver", revision="main")
+    assert torch.equal(masks(loaded, inputs), masks(model, inputs))
+
+
+@pytest.mark.parametrize("values", [{}, {"implicit_decoder": False}, {"num_labels": 2}], ids=str)
+def test_merged_it_is_the_same_function(from_sam, inputs, tmp_path, values):
+    model = from_sam(**values)
+    expected = masks(model, inputs)
+    merged = model.merge_and_unload()
+    assert merged is model and not any("lora" in name or "modules_to_save" in name for name in model.state_dict())
+    assert_close(masks(model, inputs), expected, atol=2e-3, rtol=2e-3)
+    assert model.config.lora_rank == 0 and "LoRA" not in model.parameter_parts()
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    loaded = IMedSamModel.from_pretrained(tmp_path)
+    assert torch.equal(masks(loaded, inputs), masks(model, inputs))
+    assert loaded.merge_and_unload() is loaded
+    weight = "vision_encoder.layers.0.attn.qkv.{}.weight"
+    base = from_sam(lora_rank=0, **values).state_dict()
+    for projection, changed in (("q_proj", True), ("k_proj", False), ("v_proj", True)):
+        key = weight.format(projection)
+        assert torch.equal(model.state_dict()[key], base[key]) != changed
+
+
+def test_merged_it_is_not_saved_beside_its_adapter(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a folder without an adapter, got .* loaded on top of this model"):
+        model.merge_and_unload().save_pretrained(tmp_path)
+
+
+@PEFT_WARNING
+@pytest.mark.parametrize("name", ["second", "default-2", "default_2", "def"])
+def test_adapters_on_one_base_are_switched(from_sam, inputs, tmp_path, name):
+    """Each equals its own model and is trained alone, whatever the names have in common."""
+    one, two = from_sam(seed=1), from_sam(seed=2)
+    first, second = masks(one, inputs), masks(two, inputs)
+    assert (first - second).abs().max() > 0.1
+    one.save_adapter(tmp_path / "one")
+    two.save_adapter(tmp_path / "two")
+    model = IMedSamModel.from_pretrained(tmp_path / "one")
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.load_adapter(str(tmp_path / "two"), name)
+    for adapter, expected in (("default", first), (name, second), ("default", first), (name, second)):
+        model.set_adapter(adapter)
+        assert model.active_adapters() == [adapter]
+        assert torch.equal(masks(model, inputs), expected)
+        trainable = {key for key, p in model.named_parameters() if p.requires_grad}
+        assert all(adapter in key.split(".") for key in trainable)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+    # What is saved is the active one.
+    model.save_adapter(tmp_path / "again")
+    assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path / "again"), inputs), second)
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path / "whole"), inputs), second)
+    assert_close(masks(model.merge_and_unload(), inputs), second, atol=2e-3, rtol=2e-3)
+
+
+@PEFT_WARNING
+def test_a_second_new_adapter_starts_at_sam_and_leaves_the_first_alone(model, inputs, tiny_sam):
+    first = masks(model, inputs)
+    model.add_adapter(adapter_name="other")
+    with torch.no_grad():
+        expected = tiny_sam().get_image_embeddings(inputs["pixel_values"])
+        assert_close(model.get_image_embeddings(inputs["pixel_values"]), expected, atol=1e-5, rtol=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(**inputs, labels=torch.ones(2, 2, 16, 16)).loss.backward()
+    optimizer.step()
+    model.set_adapter("default")
+    assert torch.equal(masks(model, inputs), first)
+
+
+@PEFT_WARNING
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"frequency_view": None}, "Expected an adapter with frequency_view 'amplitude', got None at .*: load it by"),
+        ({"frequency_view": "haar"}, "Expected an adapter with frequency_view 'amplitude', got 'haar' at"),
+        ({"image_size": 96}, "Expected an adapter with image_size 64, got 96 at"),
+        ({"prompt_frame": False}, "Expected an adapter with prompt_frame True, got False at"),
+        ({"selection": None}, "Expected an adapter for this model's configuration, got one with missing .*fine"),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_another_configuration_is_refused(from_sam, tmp_path, values, message):
+    from_sam(**values).save_adapter(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        from_sam().load_adapter(str(tmp_path), "other")
+
+
+def test_a_truncated_adapter_is_refused(model, tmp_path):
+    model.save_adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Exception, match="SafetensorError|incomplete|deserializ|header"):
+        IMedSamModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_adapter_with_a_part_missing_is_refused(model, tmp_path, whole):
+    model.save_pretrained(tmp_path) if whole else model.save_adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "coarse.head.weight" in name)
+    del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="Expected an adapter for this model's configuration, got one with missing"):
+        IMedSamModel.from_pretrained(tmp_path)
+
+
+def test_a_sam_checkpoint_says_what_to_do(sam_folder):
+    with pytest.raises(
+        ValueError, match="got one of type 'sam': start from a SAM with IMedSamModel.from_sam_pretrained"
+    ):
+        IMedSamModel.from_pretrained(sam_folder)
+
+
+def test_a_checkpoint_that_is_no_sam_is_refused(tiny_sam, tmp_path):
+    sam = tiny_sam()
+    state_dict = {key: value for key, value in sam.state_dict().items() if "pos_embed" not in key}
+    sam.save_pretrained(tmp_path, state_dict=state_dict)
+    with pytest.raises(ValueError, match=r"Expected SAM's weights at .*, got missing \['vision_encoder.pos_embed'\]"):
+        IMedSamModel.from_sam_pretrained(tmp_path, image_size=64)
+
+
+def test_without_an_adapter(from_sam, tmp_path):
+    model = from_sam(lora_rank=0)
+    with pytest.raises(ValueError, match="a model with an adapter, got one without: use save_pretrained"):
+        model.save_adapter(tmp_path)
+    with pytest.raises(ValueError, match="lora_rank of at least 1 for an adapter, got 0"):
+        model.add_adapter()
+
+
+def test_saving_obeys_its_arguments(model, tmp_path):
+    model.save_pretrained(tmp_path / "other process", is_main_process=False)
+    assert not (tmp_path / "other process").exists()
+    with pytest.raises(ValueError, match="push_to_hub=True: use model.push_to_hub"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_stock_sam_is_what_was_loaded(sam_folder, from_sam):
+    """Neither loading nor training touches the base."""
+    expected, model = SamModel.from_pretrained(sam_folder).state_dict(), from_sam()
+    base = model._base_state_dict()
+    fused = torch.cat([base[f"vision_encoder.layers.1.attn.qkv.{p}_proj.weight"] for p in "qkv"])
+    assert torch.equal(fused, expected["vision_encoder.layers.1.attn.qkv.weight"])
+    for key, value in expected.items():
+        if ".qkv." not in key and key != "shared_image_embedding.positional_embedding":
+            assert torch.equal(base[key], value), key

@@ -1,0 +1,177 @@
+"""The pipeline and prediction on files: from images to masks of their own size."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from imedsam import IMedSamImageProcessor, IMedSamModel, IMedSamPipeline, IMedSamProcessor
+from imedsam.training.cli import app
+from imedsam.training.pictures import outline, overlay, uncertainty_picture
+from imedsam.training.predict import read_image
+
+BOX = [10.0, 8.0, 60.0, 40.0]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_config, tmp_path_factory):
+    """A model and its processor, saved together."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = IMedSamModel(tiny_config())
+    model.add_adapter()
+    model.save_pretrained(folder)
+    IMedSamProcessor(IMedSamImageProcessor(size=64, resize_mode="longest_side")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image():
+    values = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.fixture
+def pipeline(folder):
+    return IMedSamPipeline.from_pretrained(folder)
+
+
+def test_masks_have_the_images_size_and_equal_processor_and_model(pipeline, image):
+    segmentation = pipeline(image, input_boxes=[BOX])
+    assert segmentation.masks.shape == segmentation.uncertainty.shape == (1, 1, 50, 80)
+    assert segmentation.scores.shape == (1, 1)
+    np.testing.assert_array_equal(segmentation.masks, segmentation.logits > 0)
+
+    inputs = pipeline.processor(image, input_boxes=[[BOX]])
+    with torch.no_grad():
+        embeddings = pipeline.model.get_image_embeddings(inputs["pixel_values"], inputs["reshaped_input_sizes"])
+        field = pipeline.model.get_mask_field(embeddings, inputs["input_boxes"])
+        region = pipeline.processor.get_image_regions(inputs["original_sizes"], inputs["reshaped_input_sizes"])
+        rendered = field.render((50, 80), region)
+    torch.testing.assert_close(torch.from_numpy(segmentation.logits), rendered.logits[0])
+    assert region[0, 3] < 1  # the image is padded below: the region matters
+
+
+def test_prompts_are_answered_on_one_encoding(pipeline, image, monkeypatch):
+    pipeline.set_image(image)
+    monkeypatch.setattr(pipeline.model, "get_image_embeddings", None)
+    both = pipeline.predict(input_boxes=[BOX, [0, 0, 20, 20]])
+    one = pipeline.predict(input_boxes=[[0, 0, 20, 20]])
+    np.testing.assert_allclose(both.logits[1], one.logits[0], atol=1e-5)
+    assert pipeline.predict(input_boxes=[BOX], output_size=(100, 30)).masks.shape == (1, 1, 100, 30)
+
+
+def test_undo_takes_back_the_last_prompt(pipeline, image):
+    pipeline.set_image(image)
+    box = pipeline.add_box(BOX)
+    point = pipeline.add_point((30, 20))
+    assert not np.allclose(box.logits, point.logits)
+    np.testing.assert_array_equal(pipeline.undo().logits, box.logits)
+    assert pipeline.undo() is None
+    with pytest.raises(ValueError, match="Expected a prompt to undo, got none"):
+        pipeline.undo()
+
+
+def test_a_bad_prompt_changes_nothing(pipeline, image):
+    pipeline.set_image(image)
+    first = pipeline.add_point((30, 20))
+    with pytest.raises(ValueError, match="300"):
+        pipeline.add_point((300, 20))
+    pipeline.add_point((5, 5), label=0)
+    np.testing.assert_array_equal(pipeline.undo().logits, first.logits)
+
+
+def test_an_image_comes_first(pipeline, image):
+    with pytest.raises(ValueError, match=r"Expected an image to prompt on.*set_image"):
+        pipeline.predict(input_boxes=[BOX])
+    with pytest.raises(ValueError, match="Expected one image, got 2"):
+        pipeline.set_image([image, image])
+
+
+def test_a_16_bit_image_is_seen_through_its_window(pipeline):
+    values = np.random.default_rng(0).integers(-1000, 1000, (50, 80)).astype(np.int16)
+    pipeline.set_image(values, window=(-200, 300))
+    windowed = pipeline.predict(input_boxes=[BOX])
+    clipped = np.clip((values.astype(np.float32) + 200) / 500, 0, 1)
+    np.testing.assert_allclose(windowed.logits, pipeline(clipped, input_boxes=[BOX]).logits, atol=1e-4)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["predict", *map(str, arguments)])
+
+
+def test_predict_writes_masks_pictures_and_a_report(folder, image, tmp_path, pipeline):
+    image.save(tmp_path / "a.png")
+    result = run("--model", folder, "--image", tmp_path / "a.png", "--box", *BOX, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "a.png" in result.output
+    segmentation = pipeline(image, input_boxes=[BOX])
+    mask = np.asarray(read_image(tmp_path / "out" / "a_mask.png"))
+    np.testing.assert_array_equal(mask, segmentation.masks[0, 0] * np.uint8(255))
+    assert read_image(tmp_path / "out" / "a_overlay.png").size == (80, 50)
+    uncertainty = np.asarray(read_image(tmp_path / "out" / "a_uncertainty.png"))
+    np.testing.assert_array_equal(uncertainty, np.asarray(uncertainty_picture(segmentation.uncertainty[0, 0])))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["a.png"]["masks"][0]["area"] == int(segmentation.masks.sum())
+    assert report["a.png"]["boxes"] == [BOX]
+
+
+def test_predict_on_a_folder_at_another_size(folder, image, tmp_path):
+    (tmp_path / "in").mkdir()
+    image.save(tmp_path / "in" / "a.png")
+    image.convert("L").save(tmp_path / "in" / "b.jpg")
+    (tmp_path / "boxes.json").write_text(json.dumps({"a.png": [BOX, [0, 0, 20, 20]], "b.jpg": [BOX]}))
+    arguments = ["--model", folder, "--image", tmp_path / "in", "--boxes", tmp_path / "boxes.json"]
+    result = run(*arguments, "--size", 25, 40, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert read_image(tmp_path / "out" / "a_mask_2.png").size == (40, 25)
+    assert read_image(tmp_path / "out" / "b_mask.png").size == (40, 25)
+    assert not (tmp_path / "out" / "b_mask_2.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "nothing.png", "--box", *BOX], "no such file"),
+        (["--image", "text.png", "--box", *BOX], "cannot be read"),
+        (["--image", "a.png"], "got both or neither"),
+        (["--image", "a.png", "--box", 40, 8, 10, 40], "x1"),
+        (["--image", "empty", "--box", *BOX], "Expected images"),
+        (["--image", "twice", "--box", *BOX], "collide"),
+        (["--image", "a.png", "--boxes", "boxes.json"], "none for a.png"),
+        (["--image", "a.png", "--boxes", "text.png"], "Expected a JSON file"),
+    ],
+)
+def test_predict_says_what_is_wrong(folder, image, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "1000")
+    image.save("a.png")
+    for name in ("empty", "twice"):
+        (tmp_path / name).mkdir()
+    image.save("twice/a.png")
+    image.save("twice/a.jpg")
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "boxes.json").write_text("{}")
+    result = run("--model", folder, *arguments, "-o", "out")
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_outline_and_overlay_by_hand():
+    mask = np.zeros((5, 5), dtype=bool)
+    mask[1:4, 1:4] = True
+    ring = mask.copy()
+    ring[2, 2] = False
+    np.testing.assert_array_equal(outline(mask, 1), ring)
+    black = Image.new("RGB", (5, 5))
+    picture = np.asarray(overlay(black, mask[None]))
+    assert (picture[0] == 0).all() and (picture[1, 1] == (255, 196, 0)).all()
+    assert (picture[2, 2] == np.round(0.28 * np.array((255, 196, 0)))).all()
+
+
+def test_uncertainty_picture_spans_black_to_white():
+    picture = np.asarray(uncertainty_picture(np.array([[0.0, 0.25], [0.0625, 1.0]])))
+    np.testing.assert_array_equal(picture, [[0, 255], [128, 255]])
