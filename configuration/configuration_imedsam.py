@@ -151,7 +151,7 @@ class IMedSamConfig(PreTrainedConfig):
         self._name_classes(num_labels)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved. The classes are always named: `PreTrainedConfig` takes missing ones for 2."""
+        """What is saved, always with the classes: `PreTrainedConfig` leaves out names that are its own default."""
         return {**super().to_diff_dict(), "id2label": self.id2label}
 
     def _name_classes(self, num_labels: int | None) -> None:

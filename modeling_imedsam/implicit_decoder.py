@@ -32,6 +32,14 @@ class ImplicitDecoder(nn.Module):
         self.coarse = CoarseField(inputs, config)
         self.fine = FineField(inputs + config.coarse_features, config) if config.selection is not None else None
 
+    @staticmethod
+    def normalise(features: Tensor) -> Tensor:
+        """
+        Scales the channels of (R, C, H, W) at each place to mean 0 and variance 1. SAM's upscaled features are 4 to 20
+        times smaller than the coordinates beside them, depending on the checkpoint: a new field would not see them.
+        """
+        return F.layer_norm(features.movedim(1, -1), features.shape[1:2]).movedim(-1, 1)
+
     def encode(self, coordinates: Tensor, features: Tensor, frame: Tensor) -> Tensor:
         """
         What is known of each point but for its prompt's embedding, which all points of a prompt share.

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -211,6 +212,7 @@ class IMedSamModel(SamPreTrainedModel):
         else:
             classes = class_labels.reshape(-1, 1)
         frame = prompts.frame(self.config.image_size).to(features.device)
+        features = self.implicit_decoder.normalise(features)
         return ImplicitMaskField(
             self.implicit_decoder, self.config, features, encoded.mean, frame, classes, batch_size
         )
@@ -311,16 +313,14 @@ class IMedSamModel(SamPreTrainedModel):
     ) -> None:
         """
         Writes the whole model: `config.json`, `model.safetensors` and, with an adapter, the adapter's two files beside
-        them (a complete model with an embedded adapter, as transformers calls it).
+        them (a complete model with an embedded adapter, as transformers calls it). Without one, an adapter that lies
+        in the folder from before is removed: it would be loaded on top.
         """
         if push_to_hub:
             raise ValueError("Expected a folder to write, got push_to_hub=True: use model.push_to_hub(repo_id).")
         if not self._hf_peft_config_loaded:
-            if os.path.exists(os.path.join(save_directory, ADAPTER_CONFIG_NAME)):
-                raise ValueError(
-                    f"Expected a folder without an adapter, got {save_directory}: its adapter would be loaded on top "
-                    "of this model. Choose another folder."
-                )
+            for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME) if is_main_process else ():
+                Path(save_directory, name).unlink(missing_ok=True)
             return super().save_pretrained(save_directory, is_main_process, **kwargs)
         if not is_main_process:
             return

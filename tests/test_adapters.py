@@ -194,10 +194,16 @@ def test_merged_it_is_the_same_function(from_sam, inputs, tmp_path, values):
         assert torch.equal(model.state_dict()[key], base[key]) != changed
 
 
-def test_merged_it_is_not_saved_beside_its_adapter(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a folder without an adapter, got .* loaded on top of this model"):
-        model.merge_and_unload().save_pretrained(tmp_path)
+@pytest.mark.parametrize("whole", [False, True])
+def test_loaded_merged_and_saved_over_itself(model, inputs, tmp_path, whole):
+    """The adapter that lay in the folder is not loaded on top of the weights that hold it."""
+    expected = masks(model, inputs)
+    model.save_pretrained(tmp_path) if whole else model.save_adapter(tmp_path)
+    merged = IMedSamModel.from_pretrained(tmp_path).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = IMedSamModel.from_pretrained(tmp_path)
+    assert torch.equal(masks(loaded, inputs), masks(merged, inputs))
+    assert_close(masks(loaded, inputs), expected, atol=2e-3, rtol=2e-3)
 
 
 @PEFT_WARNING

@@ -32,6 +32,8 @@ def test_classes():
     config = IMedSamConfig(id2label={0: "liver", 1: "spleen"})
     assert config.num_labels == 2 and config.label2id == {"liver": 0, "spleen": 1}
     assert IMedSamConfig(id2label={0: "liver"}, num_labels=1).num_labels == 1
+    with pytest.raises(ValueError, match="num_labels and id2label to agree, got 3 and 2 names: give one of the two"):
+        config.num_labels = 3
 
 
 SIZES = {"vision_config": {"image_size": 128}, "prompt_encoder_config": {"image_size": 64}}
@@ -125,6 +127,7 @@ CONFIGS = [
     {"num_labels": 2},
     {"num_labels": 3},
     {"id2label": {0: "liver", 1: "left kidney"}},
+    {"id2label": {0: "LABEL_0", 1: "LABEL_1"}},
     {"lora_rank": 0, "frequency_view": None, "selection": None, "prompt_frame": False},
     {"lora_rank": 8, "lora_alpha": 16, "lora_targets": ["q_proj", "k_proj"], "frequency_view": "haar"},
     {"frequency_log": False, "selection": "top_k", "selection_share": 0.25, "uncertainty": "monte_carlo"},
@@ -141,7 +144,8 @@ def test_a_saved_configuration_comes_back(values, tmp_path):
     assert loaded.to_dict() == config.to_dict()
     assert all(getattr(loaded, key) == value for key, value in values.items())
     assert isinstance(loaded.sam_config, SamConfig) and isinstance(next(iter(loaded.id2label)), int)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "imedsam"
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "imedsam" and len(saved["id2label"]) == config.num_labels
 
 
 def test_the_sam_configuration_comes_back(tiny_config, tmp_path):

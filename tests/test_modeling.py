@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
+from transformers import AutoModel
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.losses import segmentation_loss
@@ -651,6 +652,7 @@ def test_a_model_from_nothing_is_saved_and_loaded(tiny_config, randomised, input
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).pred_masks, model(**inputs).pred_masks)
     assert not (tmp_path / "adapter_config.json").exists()
+    assert type(AutoModel.from_pretrained(tmp_path)) is IMedSamModel
     half = IMedSamModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
 

@@ -322,7 +322,7 @@ def load_examples(
     Opens one split of a data set.
 
     Args:
-        dataset: "phantoms"; a folder with `images/NAME.jpg|png`, `masks/NAME.png` and, if there are any,
+        dataset: "phantoms", or of one kind such as "phantoms:ultrasound"; a folder with `images/NAME.jpg|png`, `masks/NAME.png` and, if there are any,
             `splits.json` {"train": [names], ...} and `labels.json` {"0": "background", ...}; or a data set for the
             `datasets` library, saved in a folder or named, with the columns `image` and `mask`, `label` or
             `annotation`.
@@ -338,8 +338,9 @@ def load_examples(
     """
     if split not in SPLITS:
         raise ValueError(f"Expected split to be one of {', '.join(SPLITS)}, got {split!r}.")
-    if dataset == "phantoms":
-        examples = _load_phantoms(split, num_images or 20, seed, image_size, num_classes)
+    name, _, kind = dataset.partition(":")
+    if name == "phantoms":
+        examples = _load_phantoms(split, num_images or 20, seed, image_size, num_classes, kind or None)
     elif (Path(dataset) / "images").is_dir():
         examples = _load_folder(Path(dataset), split, seed, labels)
     else:
@@ -349,12 +350,11 @@ def load_examples(
     return examples if num_images is None else examples.select(range(min(num_images, len(examples))))
 
 
-def _load_phantoms(split, num_images, seed, size, num_classes):
+def _load_phantoms(split, num_images, seed, size, num_classes, kind):
     from imedsam.training.phantoms import phantoms_dataset
 
-    rows = phantoms_dataset(
-        "val" if split == "validation" else split, num_images, seed=seed, size=size, num_classes=num_classes
-    )
+    split = "val" if split == "validation" else split
+    rows = phantoms_dataset(split, num_images, seed=seed, size=size, num_classes=num_classes, kind=kind)
     labels = {0: "background", 1: "lesion", 2: "organ"} if num_classes == 2 else None
     return Examples(_Rows(rows, "mask"), rows["name"], labels)
 

@@ -28,13 +28,16 @@ _SCENE, _TEXTURE = 0, 1
 _LOBES = np.array([0.05, 0.18, 0.11, 0.07, 0.05, 0.035, 0.025, 0.015])
 
 
-def phantoms_dataset(split: str, num_images: int, *, seed: int = 0, size: int = 256, num_classes: int = 1) -> Dataset:
+def phantoms_dataset(
+    split: str, num_images: int, *, seed: int = 0, size: int = 256, num_classes: int = 1, kind: str | None = None
+) -> Dataset:
     """Draws a data set of phantoms in memory; image i depends on (split, seed, i) alone, so a smaller set is a prefix.
 
     Args:
         split: "train", "val" or "test", whose images are drawn from disjoint streams.
         size: height and width of images and masks in pixels.
         num_classes: 1 keeps the lesion only (mask values 0 and 1), 2 keeps the organ as well (0, 1 and 2).
+        kind: "endoscopy", "ultrasound" or "tomography"; each image's own draw by default.
 
     Returns:
         A data set with the columns `image` (RGB), `mask` (single-channel label map) and `name`.
@@ -54,13 +57,16 @@ def phantoms_dataset(split: str, num_images: int, *, seed: int = 0, size: int = 
         if value < least:
             raise ValueError(f"Expected {name} to be at least {least}, got {value}; pass a larger integer.")
 
+    if kind is not None and kind not in PHANTOM_KINDS:
+        raise ValueError(f"Expected kind to be one of {', '.join(PHANTOM_KINDS)} or None, got {kind!r}.")
+
     # Importing datasets takes seconds, and whoever only draws phantoms does without it.
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
     columns: dict[str, list] = {"image": [], "mask": [], "name": []}
     for index in range(num_images):
-        phantom = draw_phantom((PHANTOM_SPLIT_SEEDS[split], seed, index))
+        phantom = draw_phantom((PHANTOM_SPLIT_SEEDS[split], seed, index), kind)
         mask = phantom.mask(size, size)
         columns["image"].append(_png(phantom.image(size, size)))
         columns["mask"].append(_png(np.where(mask <= num_classes, mask, np.uint8(0))))
@@ -69,15 +75,17 @@ def phantoms_dataset(split: str, num_images: int, *, seed: int = 0, size: int = 
     return Dataset.from_dict(columns, features=features)
 
 
-def draw_phantom(seed: int | tuple[int, ...]) -> Phantom:
+def draw_phantom(seed: int | tuple[int, ...], kind: str | None = None) -> Phantom:
     """Draws one scene: a kind, distractors, in some kinds one large organ, and one lesion of 2.5 to 22 % of the image.
 
     Args:
         seed: non-negative integer, or several of them that name the image together.
+        kind: of `PHANTOM_KINDS`; drawn by default.
     """
     seed = tuple(int(part) for part in np.atleast_1d(seed))
     rng = np.random.default_rng([_SCENE, *seed])
-    kind = PHANTOM_KINDS[rng.integers(len(PHANTOM_KINDS))]
+    drawn = PHANTOM_KINDS[rng.integers(len(PHANTOM_KINDS))]
+    kind = drawn if kind is None else kind
     return Phantom(kind, _DRAWERS[kind](rng), seed)
 
 
