@@ -32,7 +32,8 @@ from imedsam.training.train import main as train
 SEEDS = (0, 1, 2)
 RECIPE = (
     "--num_train_epochs {epochs} --per_device_train_batch_size 4 --num_points 3000 --uniform_share 0.4 "
-    "--point_weighting none --evaluation_size 128 --eval_every 3 --mixed_precision bf16 --resume_from_checkpoint latest"
+    "--point_weighting none --evaluation_size 128 --eval_every 3 --mixed_precision bf16 "
+    "--resume_from_checkpoint latest"
 )
 STARTS = {
     "medical": "--learning_rate 1e-3 --adapter_learning_rate 5e-4",

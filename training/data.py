@@ -322,10 +322,10 @@ def load_examples(
     Opens one split of a data set.
 
     Args:
-        dataset: "phantoms", or of one kind such as "phantoms:ultrasound"; a folder with `images/NAME.jpg|png`, `masks/NAME.png` and, if there are any,
-            `splits.json` {"train": [names], ...} and `labels.json` {"0": "background", ...}; or a data set for the
-            `datasets` library, saved in a folder or named, with the columns `image` and `mask`, `label` or
-            `annotation`.
+        dataset: "phantoms", or those of one kind, such as "phantoms:ultrasound"; a folder with
+            `images/NAME.jpg|png`, `masks/NAME.png` and, if there are any, `splits.json` {"train": [names], ...} and
+            `labels.json` {"0": "background", ...}; or a data set for the `datasets` library, saved in a folder or
+            named, with the columns `image` and `mask`, `label` or `annotation`.
         split: "train", "validation" or "test". What has no splits is split 60:20:20, by `seed`.
         labels: the names of the masks' values, for label maps without a `labels.json`.
         num_images: at most this many; the number to draw of phantoms (20 by default).

@@ -64,7 +64,7 @@ def main(output_dir: Path) -> None:
 
 
 def demo_config() -> IMedSamConfig:
-    """A SAM small enough to be trained whole, with the frequency branch and narrow fields. No LoRA: nothing is frozen."""
+    """A SAM small enough to be trained whole, with the frequency branch and narrow fields; nothing is frozen."""
     width = 128
     sam_config = {
         "vision_config": {

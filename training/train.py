@@ -360,7 +360,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--model_name_or_path", required=True, help="SAM checkpoint to start from, or I-MedSAM checkpoint to train on."
     )
-    add("--dataset_name", required=True, help='"phantoms", a folder with images/ and masks/, or a `datasets` name.')
+    add(
+        "--dataset_name",
+        required=True,
+        help='"phantoms" or "phantoms:KIND", a folder with images/ and masks/, or a `datasets` name.',
+    )
     add("--output_dir", required=True)
     add("--labels", help='JSON file {"0": "background", "1": ...} for label maps that come without one.')
     add("--num_train_images", type=int, help="Train on the first so many images; how many phantoms to draw.")
