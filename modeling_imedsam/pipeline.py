@@ -61,7 +61,8 @@ class IMedSamPipeline:
             device: where to run.
             kwargs: of `IMedSamModel.from_pretrained`.
         """
-        model = IMedSamModel.from_pretrained(pretrained_model_name_or_path, **kwargs).to(device)
+        model = IMedSamModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps it as a plain function
         return cls(model, IMedSamProcessor.from_pretrained(pretrained_model_name_or_path))
 
     def __call__(self, image: Any, **prompts: Any) -> Segmentation:
@@ -78,7 +79,8 @@ class IMedSamPipeline:
             image: what the image processor takes: PIL, numpy or torch; grey, RGB or RGBA.
             window: (low, high) of the intensities to see, for 16-bit and float images.
         """
-        inputs = self.processor(image, **({} if window is None else {"window": window}))
+        images_kwargs: dict[str, Any] = {} if window is None else {"window": window}
+        inputs = self.processor(image, **images_kwargs)
         if len(inputs["pixel_values"]) != 1:
             raise ValueError(
                 f"Expected one image, got {len(inputs['pixel_values'])}: call the pipeline once for each of them."

@@ -51,7 +51,7 @@ def predict(
         raise typer.BadParameter("Expected boxes by --box x0 y0 x1 y1 or by --boxes FILE, got both or neither.")
     try:
         images = find_images(image)
-        prompts = {path: [box] for path in images} if box is not None else read_boxes(boxes, images)
+        prompts = read_boxes(boxes, images) if boxes is not None else {path: [box] for path in images if box}
         report = predict_files(IMedSamPipeline.from_pretrained(model, device), prompts, output, size, window)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

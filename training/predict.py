@@ -1,7 +1,7 @@
 """Prediction on files: masks, overlays and uncertainties as PNG, and a JSON report."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ Box = Sequence[float]
 
 def predict_files(
     pipeline: IMedSamPipeline,
-    boxes: dict[Path, Sequence[Box]],
+    boxes: Mapping[Path, Sequence[Box]],
     output_dir: Path,
     size: tuple[int, int] | None = None,
     window: tuple[float, float] | None = None,
