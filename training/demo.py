@@ -6,8 +6,10 @@ The demonstration: a small I-MedSAM, trained from nothing on drawn phantoms in a
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from transformers import set_seed
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
@@ -30,7 +32,7 @@ NUM_TRAIN_IMAGES, NUM_VALIDATION_IMAGES, NUM_TEST_IMAGES = 1500, 20, 60
 TRAINING = (
     "--num_train_epochs 5 --per_device_train_batch_size 8 --num_warmup_steps 50 --augmentation none "
     "--learning_rate 2e-3 --adapter_learning_rate 2e-3 --encoder_learning_rate 1e-3 --coarse_ramp_epochs 2 "
-    "--num_points 1024 --uniform_share 0.2 --point_weighting none --box_jitter 0.05 "
+    "--num_points 2048 --uniform_share 0.3 --point_weighting none --box_jitter 0.05 "
     "--evaluation_size 128 --eval_every 2"
 )
 INITIALIZER_RANGE = 0.08  # about the inverse root of the width, where SAM's 0.02 is made for wider layers
@@ -104,7 +106,9 @@ def otsu_metrics(examples: Examples) -> MetricTable:
     table = MetricTable()
     for example in examples:
         mask = example["mask"] > 0
-        table.add(example["name"], segmentation_metrics(otsu_in_box(example["image"], box_from_mask(mask)), mask))
+        table.add(
+            example["name"], segmentation_metrics(otsu_in_box(np.asarray(example["image"]), box_from_mask(mask)), mask)
+        )
     return table
 
 
@@ -119,26 +123,26 @@ def markdown_table(tables: dict[str, MetricTable]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def draw(pipeline: IMedSamPipeline, examples: Examples, path: Path, indices: range = range(6)) -> None:
-    """A sheet with image and box, exact mask, prediction and uncertainty of some examples."""
+def draw(pipeline: IMedSamPipeline, examples: Examples, path: Path, indices: Sequence[int] = range(6)) -> None:
+    """A sheet with image and box, true mask, prediction and uncertainty (each white at its largest) of examples."""
     rows, names = [], []
     for index in indices:
         example = examples[index]
         mask, image = example["mask"] > 0, example["image"]
         box = box_from_mask(mask)
         segmentation = pipeline(image, input_boxes=[list(box)])
-        prediction = segmentation.masks[0, :1]
+        prediction, uncertainty = segmentation.masks[0, :1], segmentation.uncertainty[0, 0]
         dice = segmentation_metrics(prediction[0], mask)["dice"]
         rows.append(
             [
                 overlay(image, mask[None] & False, [box]),
                 overlay(image, mask[None]),
                 overlay(image, prediction, [box]),
-                uncertainty_picture(segmentation.uncertainty[0, 0]),
+                uncertainty_picture(uncertainty, uncertainty.max()),
             ]
         )
         names.append(f"{example['name']}\nDice {100 * dice:.1f}")
-    save_sheet(rows, ["image and box", "exact mask", "prediction", "uncertainty"], path, names)
+    save_sheet(rows, ["image and box", "true mask", "prediction", "uncertainty"], path, names)
 
 
 if __name__ == "__main__":

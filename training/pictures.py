@@ -40,9 +40,12 @@ def outline(mask: np.ndarray, thickness: int) -> np.ndarray:
     return mask & ~inner
 
 
-def uncertainty_picture(uncertainty: np.ndarray) -> Image.Image:
-    """The standard deviation of the probability, black at 0 and white at its largest possible value 0.5; (H, W)."""
-    return Image.fromarray((np.sqrt(4 * uncertainty.clip(0, 0.25)) * 255).round().astype(np.uint8))
+def uncertainty_picture(uncertainty: np.ndarray, largest: float = 0.25) -> Image.Image:
+    """
+    The standard deviation of the probability, black at 0 and white where the variance is `largest`, by default the
+    largest that there is; (H, W).
+    """
+    return Image.fromarray((np.sqrt((uncertainty / max(largest, 1e-12)).clip(0, 1)) * 255).round().astype(np.uint8))
 
 
 def save_sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], path: Path, names: Sequence[str]) -> None:
@@ -61,9 +64,11 @@ def save_sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], pat
     figure = Figure(figsize=(2.6 * len(titles), 2.6 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
     for row, pictures, name in zip(axes, rows, names, strict=True):
-        for axis, picture, title in zip(row, pictures, titles, strict=True):
+        for axis, picture in zip(row, pictures, strict=True):
             axis.imshow(picture, cmap="gray" if picture.mode == "L" else None, vmin=0, vmax=255)
-            axis.set(xticks=[], yticks=[], title=title if row is axes[0] else "")
+            axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, fontsize=8)
     figure.savefig(path, dpi=100)
