@@ -59,12 +59,12 @@ class MaskField(ABC):
         self.batch_size, self.num_prompts, self.device = batch_size, num_prompts, device
 
     @abstractmethod
-    def values(self, coordinates: Tensor, point_weights: Tensor | None = None) -> FieldValues:
+    def values(self, coordinates: Tensor, point_areas: Tensor | None = None) -> FieldValues:
         """
         Args:
             coordinates: (B, P, N, 2) or, for the same points of every prompt, (B, 1, N, 2); (x, y) in [-1, 1] over the
                 model's square.
-            point_weights: (B, P, N), only while training: areas that the points stand for.
+            point_areas: (B, P, N), only while training: areas that the points stand for, equal by default.
         """
 
     def selecting_from(self, uncertainty: Tensor) -> "MaskField":
@@ -142,14 +142,14 @@ class ImplicitMaskField(MaskField):
         field.threshold = selection_threshold(uncertainty.flatten(0, 1), self.config.selection_share)
         return field
 
-    def values(self, coordinates: Tensor, point_weights: Tensor | None = None) -> FieldValues:
+    def values(self, coordinates: Tensor, point_areas: Tensor | None = None) -> FieldValues:
         points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
         encoded, hidden, coarse, uncertainty = self._coarse(points)
         logits = coarse
         if (fine := self.decoder.fine) is not None:
             if self.decoder.training:
-                weights = None if point_weights is None else point_weights.flatten(0, 1)[:, None]
-                threshold = selection_threshold(uncertainty, self.config.selection_share, weights)
+                areas = None if point_areas is None else point_areas.flatten(0, 1)[:, None]
+                threshold = selection_threshold(uncertainty, self.config.selection_share, areas)
             else:
                 threshold = self.threshold
             logits = self._refine(fine, encoded, hidden, coarse, uncertainty > threshold[..., None])
@@ -203,7 +203,7 @@ class InterpolatedMaskField(MaskField):
         super().__init__(logits.shape[0], logits.shape[1], logits.device)
         self.logits = logits
 
-    def values(self, coordinates: Tensor, point_weights: Tensor | None = None) -> FieldValues:
+    def values(self, coordinates: Tensor, point_areas: Tensor | None = None) -> FieldValues:
         points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
         grid = self.logits.flatten(0, 1).float()
         sampled = F.grid_sample(grid, points[:, :, None].float(), padding_mode="border", align_corners=False)

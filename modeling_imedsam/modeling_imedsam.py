@@ -87,6 +87,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
         output_size: Sequence[int] | None = None,
         coordinates: Tensor | None = None,
         labels: Tensor | None = None,
+        point_areas: Tensor | None = None,
         point_weights: Tensor | None = None,
         coarse_loss_weight: float = 0.5,
         original_sizes: Tensor | None = None,
@@ -102,7 +103,10 @@ class IMedSamModel(IMedSamPreTrainedModel):
             coordinates: (B, P, N, 2), points to supervise; (x, y) in [-1, 1] over the model's square.
             labels: 0 or 1 at the coordinates, (B, P, N), or without coordinates on a grid over the model's square,
                 (B, P, H, W). With several classes, `class_labels` says which class a prompt's labels are of.
-            point_weights: (B, P, N), areas that the coordinates stand for.
+            point_areas: (B, P, N), areas that the coordinates stand for, equal by default. While training, the share
+                of points to refine is a share of the area, as it is at test time.
+            point_weights: (B, P, N), weights of the points in the loss, equal by default; the areas make its sums
+                those over the whole square.
             coarse_loss_weight: weight of the coarse field's loss; the merged output's has the rest.
             original_sizes: not used; what the processor returns can be passed as it is.
         """
@@ -120,7 +124,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
             )
         output: dict[str, Tensor] = {}
         if labels is not None:
-            values, labels = self._values_at_labels(field, coordinates, labels, point_weights)
+            values, labels = self._values_at_labels(field, coordinates, labels, point_areas, point_weights)
             output["loss"] = _mean_loss(values, labels, point_weights, coarse_loss_weight, prompt_attention_mask)
             output["point_logits"] = values.logits
         elif coordinates is not None:
@@ -221,7 +225,12 @@ class IMedSamModel(IMedSamPreTrainedModel):
         return self.frequency_branch(self.vision_encoder.embed(spectrum))
 
     def _values_at_labels(
-        self, field: MaskField, coordinates: Tensor | None, labels: Tensor, point_weights: Tensor | None
+        self,
+        field: MaskField,
+        coordinates: Tensor | None,
+        labels: Tensor,
+        point_areas: Tensor | None,
+        point_weights: Tensor | None,
     ) -> tuple[FieldValues, Tensor]:
         """The field where the labels are: at the coordinates, or on the labels' grid."""
         shape = (field.batch_size, field.num_prompts)
@@ -238,12 +247,13 @@ class IMedSamModel(IMedSamPreTrainedModel):
                 f"Expected coordinates (B, P, N, 2) and labels (B, P, N) with (B, P) = {shape}, got "
                 f"{tuple(coordinates.shape)} and {tuple(labels.shape)}."
             )
-        if point_weights is not None and point_weights.shape != labels.shape:
-            raise ValueError(
-                f"Expected a weight for each label, got point_weights of shape {tuple(point_weights.shape)} and "
-                f"labels of shape {tuple(labels.shape)}."
-            )
-        values = field.values(coordinates, point_weights)
+        for name, weights in {"point_areas": point_areas, "point_weights": point_weights}.items():
+            if weights is not None and weights.shape != labels.shape:
+                raise ValueError(
+                    f"Expected a value for each label, got {name} of shape {tuple(weights.shape)} and labels of shape "
+                    f"{tuple(labels.shape)}."
+                )
+        values = field.values(coordinates, point_areas)
         if values.logits.shape[2] != 1:
             raise ValueError(
                 f"Expected class_labels with labels and {values.logits.shape[2]} classes, got none: "

@@ -110,6 +110,7 @@ def test_point_weights_have_mean_one_or_are_one(folder):
         item = PromptedSegmentationDataset(examples, make_processor(), num_points=200, point_weighting=weighting)[1]
         assert item["point_weights"].mean().item() == pytest.approx(1, abs=1e-5)
         assert (item["point_weights"] == 1).all() == (weighting == "none")
+        assert item["point_areas"].std() > 0.1  # of the selection, however the loss is weighted
 
 
 def test_box_jitter_goes_both_ways_and_stays_in_bounds():

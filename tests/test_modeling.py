@@ -189,7 +189,7 @@ REFUSED = [
     ),
     (
         {"coordinates": rand(2, 2, 9, 2), "labels": rand(2, 2, 9).round(), "point_weights": rand(2, 2, 8)},
-        r"a weight for each label, got point_weights of shape \(2, 2, 8\) and labels of shape \(2, 2, 9\)",
+        r"a value for each label, got point_weights of shape \(2, 2, 8\) and labels of shape \(2, 2, 9\)",
     ),
     ({"output_size": (64,)}, r"output_size as \(height, width\), both at least 1, got \(64,\)"),
 ]

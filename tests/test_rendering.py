@@ -18,7 +18,7 @@ class Plane(MaskField):
         super().__init__(2, 3, torch.device("cpu"))
         self.asked = []
 
-    def values(self, coordinates, point_weights=None):
+    def values(self, coordinates, point_areas=None):
         self.asked.append(coordinates.shape[2])
         x, y = coordinates.expand(-1, 3, -1, -1).unbind(dim=-1)
         image, prompt = torch.arange(2.0)[:, None, None], torch.arange(3.0)[None, :, None]

@@ -363,7 +363,7 @@ class BoxField(MaskField):
         super().__init__(*boxes.shape[:2], boxes.device)
         self.boxes = 2 * boxes / side - 1
 
-    def values(self, coordinates, point_weights=None):
+    def values(self, coordinates, point_areas=None):
         inside = (coordinates >= self.boxes[:, :, None, :2]) & (coordinates <= self.boxes[:, :, None, 2:])
         logits = inside.all(dim=-1)[:, :, None] * 2.0 - 1
         return FieldValues(logits, logits, logits)

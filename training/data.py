@@ -90,8 +90,8 @@ class PromptedSegmentationDataset(Dataset):
         """
         Returns:
             What the model takes for one image of P prompts, without the batch's axis: the processor's `pixel_values`,
-            `input_boxes`, `class_labels`, ..., and `coordinates` (P, N, 2) (x, y) in model coordinates with `labels`
-            and `point_weights` (P, N), or `labels` (P, label_size, label_size).
+            `input_boxes`, `class_labels`, ..., and `coordinates` (P, N, 2) (x, y) in model coordinates with `labels`,
+            `point_areas` and `point_weights` (P, N), or `labels` (P, label_size, label_size).
         """
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
         example = self.examples[index]
@@ -104,12 +104,13 @@ class PromptedSegmentationDataset(Dataset):
         if self.supervision == "dense":
             return {**item, "labels": dense_labels(masks, self.label_size, side, reshaped)}
         points, density = sample_points(boxes, mask.shape, self.num_points, self.uniform_share, rng)
-        weights = 1 / density if self.point_weighting == "importance" else np.ones_like(density)
+        areas = torch.from_numpy(1 / density / (1 / density).mean(axis=1, keepdims=True)).float()
         return {
             **item,
             "coordinates": torch.from_numpy(model_coordinates(points, mask.shape, side, reshaped)).float(),
             "labels": torch.from_numpy(labels_at(masks, points)).float(),
-            "point_weights": torch.from_numpy(weights / weights.mean(axis=1, keepdims=True)).float(),
+            "point_areas": areas,
+            "point_weights": areas if self.point_weighting == "importance" else torch.ones_like(areas),
         }
 
 
@@ -135,7 +136,7 @@ class EpochSampler(Sampler[int]):
 def collate_prompts(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """
     Stacks items of different numbers of prompts. Padded prompts repeat the item's first, with `prompt_attention_mask`
-    false, labels 0 and weights 0.
+    false, labels, areas and weights 0.
     """
     num_prompts = max(len(item["input_boxes"]) for item in items)
     return {
@@ -146,12 +147,20 @@ def collate_prompts(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-_PER_PROMPT = ("input_boxes", "class_labels", "prompt_attention_mask", "coordinates", "labels", "point_weights")
+_PER_PROMPT = (
+    "input_boxes",
+    "class_labels",
+    "prompt_attention_mask",
+    "coordinates",
+    "labels",
+    "point_areas",
+    "point_weights",
+)
 
 
 def _pad_prompts(key, values, num_prompts):
     padding = values[:1].expand(num_prompts - len(values), *values.shape[1:])
-    if key in ("prompt_attention_mask", "labels", "point_weights", "class_labels"):
+    if key in ("prompt_attention_mask", "labels", "point_areas", "point_weights", "class_labels"):
         padding = torch.zeros_like(padding)
     return torch.cat([values, padding])
 
