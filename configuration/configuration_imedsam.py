@@ -48,7 +48,8 @@ class IMedSamConfig(PreTrainedConfig):
         frequency_hidden (`int`):
             Width of a frequency adapter's bottleneck.
         implicit_decoder (`bool`):
-            Decode with the implicit field. `False` decodes with SAM's mask decoder, which is class-agnostic.
+            Decode with the implicit field. `False` decodes with SAM's mask decoder, which gives one mask whatever the
+            class.
         coordinate_octaves (`int`):
             L of Eq. 4: octaves of the Fourier features of a point's position in the image.
         prompt_frame (`bool`):
@@ -108,7 +109,7 @@ class IMedSamConfig(PreTrainedConfig):
     coarse_features: int = 256
     fine_widths: list[int] | tuple[int, ...] = (256, 256)
     fine_head_width: int = 128
-    dropout: float = 0.5
+    dropout: float | int = 0.5
     uncertainty: Literal["closed_form", "monte_carlo"] = "closed_form"
     monte_carlo_samples: int = 8
     selection: Literal["threshold", "top_k"] | None = "threshold"

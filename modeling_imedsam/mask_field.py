@@ -73,17 +73,18 @@ class MaskField(ABC):
 
     def __call__(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and uncertainty at (B, P, N, 2) points (x, y) in [-1, 1]; (B, P, M, N) each."""
-        if coordinates.ndim != 4 or coordinates.shape[-1] != 2:
+        shapes = [(self.batch_size, prompts) for prompts in (self.num_prompts, 1)]
+        if coordinates.ndim != 4 or coordinates.shape[-1] != 2 or tuple(coordinates.shape[:2]) not in shapes:
             raise ValueError(
-                f"Expected coordinates of shape (B, P, N, 2), got {tuple(coordinates.shape)}: "
-                "add the image and prompt axes."
+                f"Expected coordinates of shape (B, P, N, 2) with (B, P) = {shapes[0]}, or P = 1 for the same points "
+                f"of every prompt, got {tuple(coordinates.shape)}."
             )
         values = self.values(coordinates)
         return values.logits, values.uncertainty
 
     def render(self, output_size: Sequence[int], region: Tensor | None = None) -> RenderedMasks:
         """
-        Evaluates the field at the pixel centres of a grid, tile by tile.
+        Evaluates the field at the pixel centres of a grid, tile by tile, without gradients.
 
         Args:
             output_size: (height, width).
@@ -103,7 +104,7 @@ class ImplicitMaskField(MaskField):
         prompt: (B P, E), the prompts' embeddings.
         frame: (B P, 4), centre and half size of the prompts' frames.
         classes: (B P, M), the classes to decode.
-        batch_size: B.
+        lattice_region: (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] on which the threshold is taken: the image.
     """
 
     def __init__(
@@ -114,9 +115,10 @@ class ImplicitMaskField(MaskField):
         prompt: Tensor,
         frame: Tensor,
         classes: Tensor,
-        batch_size: int,
+        lattice_region: Tensor,
     ):
-        super().__init__(batch_size, frame.shape[0] // batch_size, frame.device)
+        super().__init__(len(lattice_region), len(frame) // len(lattice_region), frame.device)
+        self.lattice_region = lattice_region
         self.decoder, self.config = decoder, config
         self.features, self.prompt, self.frame, self.classes = features, prompt, frame, classes
         self.selects_on_the_grid = config.selection == "top_k" and decoder.fine is not None
@@ -129,15 +131,14 @@ class ImplicitMaskField(MaskField):
         field at a point does not depend on which other points are asked for.
         """
         side = self.config.selection_lattice
-        square = torch.tensor([[-1.0, -1.0, 1.0, 1.0]], device=self.frame.device)
-        lattice = pixel_centres((side, side), square).expand(self.frame.shape[0], -1, -1)
+        lattice = pixel_centres((side, side), self.lattice_region).repeat_interleave(self.num_prompts, dim=0)
         # Prompts are taken one by one, so that memory does not grow with their number.
         uncertainty = torch.cat([self._coarse(lattice[r : r + 1], slice(r, r + 1))[3] for r in range(len(lattice))])
         return selection_threshold(uncertainty, self.config.selection_share)
 
     def selecting_from(self, uncertainty: Tensor) -> "ImplicitMaskField":
         field = ImplicitMaskField(
-            self.decoder, self.config, self.features, self.prompt, self.frame, self.classes, self.batch_size
+            self.decoder, self.config, self.features, self.prompt, self.frame, self.classes, self.lattice_region
         )
         field.threshold = selection_threshold(uncertainty.flatten(0, 1), self.config.selection_share)
         return field

@@ -24,13 +24,13 @@ from imedsam.rendering import pixel_centres
 class IMedSamOutput(ModelOutput):
     """
     Output of [`IMedSamModel`]. B images, P prompts per image, M masks per prompt: one with `class_labels` or one
-    class, else one per class.
+    class, else one per class. SAM's own decoder (`implicit_decoder=False`) knows no classes: M is 1.
 
     Args:
         loss (`Tensor` of shape `()`): with `labels`.
         pred_masks (`Tensor` of shape `(B, P, M, H, W)`):
-            Logits over the model's square at `output_size`; a padded prompt's are -100. Not rendered with
-            `coordinates`, nor with `labels` unless there is an `output_size`.
+            Logits over the model's square at `output_size`; a padded prompt's are -100, while its other values are as
+            they come. Not rendered with `coordinates`, nor with `labels` unless there is an `output_size`.
         iou_scores (`Tensor` of shape `(B, P, M)`):
             The Dice that each mask is expected to have by its own probabilities p: 2 sum_mask p / (sum p + |mask|).
         coarse_masks (`Tensor` of shape `(B, P, M, H, W)`): the coarse field's logits alone.
@@ -115,7 +115,13 @@ class IMedSamModel(IMedSamPreTrainedModel):
         elif pixel_values is not None or image_embeddings is None:
             raise ValueError("Expected one of pixel_values and image_embeddings, got both or neither.")
         field = self.get_mask_field(
-            image_embeddings, input_boxes, input_points, input_labels, input_masks, class_labels
+            image_embeddings,
+            input_boxes,
+            input_points,
+            input_labels,
+            input_masks,
+            class_labels,
+            reshaped_input_sizes,
         )
         shape = (field.batch_size, field.num_prompts)
         if prompt_attention_mask is not None and tuple(prompt_attention_mask.shape) != shape:
@@ -162,6 +168,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
         input_labels: Tensor | None = None,
         input_masks: Tensor | None = None,
         class_labels: Tensor | None = None,
+        reshaped_input_sizes: Tensor | None = None,
     ) -> MaskField:
         """
         Binds the decoder to images and prompts. Without any prompt, each image gets one field of the whole image.
@@ -171,8 +178,10 @@ class IMedSamModel(IMedSamPreTrainedModel):
             input_boxes: (B, P, 4), x0, y0, x1, y1 in pixels of `pixel_values`.
             input_points: (B, P, N, 2), x, y in pixels of `pixel_values`.
             input_labels: (B, P, N), 1 inside, 0 outside, -10 padding; all 1 by default.
-            input_masks: (B, P, S / patch * 4, S / patch * 4), logits of a previous mask.
+            input_masks: (B, P, H, W), logits of a previous mask over the model's square, at any resolution.
             class_labels: (B, P), the class to decode for each prompt; all classes by default.
+            reshaped_input_sizes: (B, 2), height and width of each image inside a padded square: the share of points
+                to refine is one of the image.
         """
         batch_size, side = len(image_embeddings), self.config.image_size // self.config.patch_size
         if image_embeddings.ndim != 4 or tuple(image_embeddings.shape[2:]) != (side, side):
@@ -180,7 +189,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
                 f"Expected image_embeddings of shape (B, C, {side}, {side}), got {tuple(image_embeddings.shape)}: "
                 "they come from get_image_embeddings of this model."
             )
-        prompts = Prompts.check(batch_size, 4 * side, input_boxes, input_points, input_labels, input_masks)
+        prompts = Prompts.check(batch_size, input_boxes, input_points, input_labels, input_masks)
         self._check_class_labels(class_labels, prompts.shape)
         encoded = self.prompt_encoder(prompts)
         features, mask_token = self.mask_decoder.fuse(
@@ -191,11 +200,14 @@ class IMedSamModel(IMedSamPreTrainedModel):
         if class_labels is None:
             classes = torch.arange(self.config.num_labels, device=features.device).expand(len(features), -1)
         else:
-            classes = class_labels.reshape(-1, 1)
+            classes = class_labels.to(features.device).reshape(-1, 1)
+        lattice_region = torch.tensor([[-1.0, -1.0, 1.0, 1.0]], device=features.device).repeat(batch_size, 1)
+        if reshaped_input_sizes is not None:
+            lattice_region[:, 2:] = 2 * reshaped_input_sizes.to(features.device).flip(-1) / self.config.image_size - 1
         frame = prompts.frame(self.config.image_size).to(features.device)
         features = self.implicit_decoder.normalise(features)
         return ImplicitMaskField(
-            self.implicit_decoder, self.config, features, encoded.mean, frame, classes, batch_size
+            self.implicit_decoder, self.config, features, encoded.mean, frame, classes, lattice_region
         )
 
     @torch.no_grad()

@@ -65,9 +65,9 @@ class IMedSamPipeline:
         model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps it as a plain function
         return cls(model, IMedSamProcessor.from_pretrained(pretrained_model_name_or_path))
 
-    def __call__(self, image: Any, **prompts: Any) -> Segmentation:
+    def __call__(self, image: Any, window: tuple[float, float] | None = None, **prompts: Any) -> Segmentation:
         """`set_image` and `predict`."""
-        self.set_image(image)
+        self.set_image(image, window)
         return self.predict(**prompts)
 
     @torch.inference_mode()
@@ -123,7 +123,9 @@ class IMedSamPipeline:
         )
         prompts.pop("prompt_attention_mask", None)
         prompts = {name: prompt.to(self.model.device) for name, prompt in prompts.items()}
-        field = self.model.get_mask_field(image["image_embeddings"], **prompts)
+        field = self.model.get_mask_field(
+            image["image_embeddings"], **prompts, reshaped_input_sizes=image["reshaped_input_sizes"]
+        )
         region = self.processor.get_image_regions(image["original_sizes"], image["reshaped_input_sizes"])
         rendered = field.render(output_size or image["original_sizes"][0].tolist(), region)
         logits = rendered.logits[0].cpu().numpy()

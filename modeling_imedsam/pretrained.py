@@ -156,7 +156,8 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
     def save_adapter(self, save_directory: str | os.PathLike) -> None:
         """
         Writes the active adapter alone, a few MB that name the SAM they belong to: a PEFT checkpoint
-        (`adapter_config.json`, `adapter_model.safetensors`) and `config.json`.
+        (`adapter_config.json`, `adapter_model.safetensors`) and `config.json`. Load it with
+        `IMedSamModel.from_pretrained`; `AutoModel` would take the SAM that it names. The processor is saved apart.
         """
         if not self._hf_peft_config_loaded:
             raise ValueError(

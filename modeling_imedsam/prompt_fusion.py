@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import SamConfig, SamVisionConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPositionalEmbedding, SamPromptEncoder
@@ -86,7 +87,10 @@ class PromptEncoder(SamPromptEncoder):
         if prompts.masks is None:
             dense = self.no_mask_embed.weight[..., None, None].expand(rows, -1, *self.image_embedding_size)
         else:
-            dense = self.mask_embed(prompts.masks.flatten(0, 1)[:, None].to(self.no_mask_embed.weight.dtype))
+            masks, size = prompts.masks.flatten(0, 1)[:, None], [4 * side for side in self.image_embedding_size]
+            if list(masks.shape[-2:]) != size:
+                masks = F.interpolate(masks, size, mode="bilinear", antialias=True)
+            dense = self.mask_embed(masks.to(self.no_mask_embed.weight.dtype))
         return EncodedPrompts(torch.cat(tokens, dim=1), torch.cat(present, dim=1), torch.cat(given, dim=1), dense)
 
     def image_positions(self) -> Tensor:
@@ -151,7 +155,7 @@ class Prompts:
         boxes: (B, P, 4), x0, y0, x1, y1.
         points: (B, P, N, 2), x, y.
         labels: (B, P, N), 1 inside, 0 outside, -10 padding.
-        masks: (B, P, H, W), logits.
+        masks: (B, P, H, W), logits over the square, at any resolution.
     """
 
     shape: tuple[int, int]
@@ -164,7 +168,6 @@ class Prompts:
     def check(
         cls,
         batch_size: int,
-        mask_size: int,
         boxes: Tensor | None,
         points: Tensor | None,
         labels: Tensor | None,
@@ -180,7 +183,7 @@ class Prompts:
             "input_boxes": (boxes, "(B, P, 4)", 3, (4,)),
             "input_points": (points, "(B, P, N, 2)", 4, (2,)),
             "input_labels": (labels, "(B, P, N)", 3, ()),
-            "input_masks": (masks, f"(B, P, {mask_size}, {mask_size})", 4, (mask_size, mask_size)),
+            "input_masks": (masks, "(B, P, H, W)", 4, ()),
         }
         shapes = {}
         for name, (tensor, shape, ndim, tail) in expected.items():
@@ -228,7 +231,9 @@ class Prompts:
             high = points.masked_fill(~chosen, -torch.inf).amax(dim=1)
             edges = torch.cat([low, high], dim=-1)
         elif self.masks is not None:
-            edges = _mask_edges(self.masks.flatten(0, 1) > 0) * (image_size / self.masks.shape[-1])
+            height, width = self.masks.shape[-2:]
+            edges = _mask_edges(self.masks.flatten(0, 1) > 0) * image_size
+            edges = edges / edges.new_tensor([width, height, width, height])
         else:
             return torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(self.shape[0] * self.shape[1], 4)
         edges = edges.nan_to_num(posinf=0.0, neginf=float(image_size)) * 2 / image_size - 1

@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from imedsam.mask_field import FieldValues, MaskField
 
-# Points times prompts that are evaluated at once. A point of the default decoder takes about 20 kB.
+# Points times prompts that are evaluated at once.
 TILE_POINTS = 16384
 
 
@@ -42,16 +42,18 @@ class RenderedMasks:
         return torch.where(total > 0, 2 * (probability * mask).sum(-1) / total.clamp_min(1e-12), 1.0)
 
 
+@torch.no_grad()
 def render(field: MaskField, output_size: Sequence[int], region: Tensor | None = None) -> RenderedMasks:
     """
-    Evaluates a field at the pixel centres of a grid.
+    Evaluates a field at the pixel centres of a grid. Without gradients, which would keep every tile in memory: to
+    train, take the field's values at points.
 
     Args:
         output_size: (height, width).
         region: (4,) or (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] to render; the whole square by default.
     """
-    if len(output_size) != 2 or min(output_size) < 1:
-        raise ValueError(f"Expected output_size as (height, width), both at least 1, got {tuple(output_size)}.")
+    if not isinstance(output_size, Sequence) or len(output_size) != 2 or min(output_size) < 1:
+        raise ValueError(f"Expected output_size as (height, width), both at least 1, got {output_size}.")
     height, width = int(output_size[0]), int(output_size[1])
     region = torch.tensor([-1.0, -1.0, 1.0, 1.0]) if region is None else torch.as_tensor(region, dtype=torch.float32)
     if region.shape[-1:] != (4,) or region.ndim > 2 or bool((region[..., 2:] <= region[..., :2]).any()):

@@ -18,6 +18,7 @@ from imedsam.training.data import (
     labels_at,
     load_examples,
     model_coordinates,
+    read_labels,
     sample_points,
     split_by_class,
     without_empty_masks,
@@ -349,9 +350,9 @@ def test_a_saved_data_set(tmp_path):
 
 
 def test_images_without_an_object_are_skipped_with_a_word(tmp_path, caplog):
-    masks = [np.zeros((20, 20), np.uint8), *[disk(20, 20, 10, 10, 5)] * 4]
-    folder = write_folder(tmp_path / "data", masks)
-    (folder / "splits.json").write_text(json.dumps({"train": ["a", "b", "c"], "test": ["a"]}))
+    empty = np.zeros((20, 20), np.uint8)
+    folder = write_folder(tmp_path / "data", [empty, *[disk(20, 20, 10, 10, 5)] * 2, empty])
+    (folder / "splits.json").write_text(json.dumps({"train": ["a", "b", "c"], "test": ["d"]}))
     with caplog.at_level("WARNING", logger="imedsam"):
         assert without_empty_masks(load_examples(str(folder), "train")).names == ["b", "c"]
     assert "Skipping 1 of 3 images whose mask is empty" in caplog.text
@@ -395,8 +396,61 @@ def test_wrong_masks_are_named(folder, label_folder):
         load_examples(str(folder), "train", labels={0: "background", 50: "liver"})
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"0": "background",', "Expected JSON in .*labels.json, got .*: write"),
+        ('["background", "organ"]', "Expected an object in .*labels.json, got list: write"),
+        ('{"background": 0, "organ": 1}', 'Expected entries "integer": "name" in .*, got {"background": 0}: write'),
+        ('{"0": "background", "1": 7}', 'got {"1": 7}: write'),
+        ('{"0": "background"}', "Expected a class beside the background in .*labels.json"),
+        ("{}", "Expected a class beside the background in .*labels.json"),
+        ('{"0": "background", "1": "organ", "2": "organ"}', "name of its own .*labels.json, got 'organ' twice"),
+    ],
+)
+def test_wrong_labels_are_refused(label_folder, content, message):
+    (label_folder / "labels.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_labels(label_folder / "labels.json")
+    with pytest.raises(ValueError, match=message):
+        load_examples(str(label_folder), "train")
+
+
+def test_labels_are_read(label_folder):
+    assert read_labels(label_folder / "labels.json") == {0: "background", 1: "organ", 2: "lesion"}
+
+
+def test_two_images_of_one_name_are_refused(folder):
+    Image.new("RGB", (60, 40)).save(folder / "images" / "b.bmp")
+    with pytest.raises(ValueError, match="Expected one image of each name in .*images, got b.bmp and b.jpg"):
+        load_examples(str(folder), "train")
+
+
+@pytest.mark.parametrize("validation", ["validation", "val"])
+def test_an_image_in_two_splits_is_refused(folder, validation):
+    splits = {"train": ["a", "b"], validation: ["c", "b"], "everything": list("abcde")}
+    (folder / "splits.json").write_text(json.dumps(splits))
+    with pytest.raises(ValueError, match=f"one split of .*splits.json, got 'b' in train and {validation}"):
+        load_examples(str(folder), "train")
+    (folder / "splits.json").write_text(json.dumps({**splits, validation: ["c"]}))
+    assert load_examples(str(folder), "validation").names == ["c"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_broken_image_is_named(folder, whole):
+    (folder / "splits.json").write_text(json.dumps({"train": ["a", "b"]}))
+    path = folder / "images" / "b.jpg"
+    path.write_bytes(b"no image" if whole else path.read_bytes()[:-300])
+    examples = load_examples(str(folder), "train")
+    with pytest.raises(ValueError, match=r"Expected a whole image in .*b\.jpg, got .*: replace it or remove it"):
+        examples[1]
+
+
 def test_wrong_options_are_refused(folder):
     examples = load_examples(str(folder), "train")
+    for dataset in ("phantoms", str(folder)):
+        with pytest.raises(ValueError, match="Expected num_images of 1 or more, got 0"):
+            load_examples(dataset, "train", num_images=0)
     with pytest.raises(ValueError, match="Expected split to be one of"):
         load_examples(str(folder), "val")
     for name, value in {

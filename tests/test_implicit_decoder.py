@@ -30,7 +30,8 @@ def make_field(tiny_config, randomised):
         frame = torch.tensor([0.1, -0.2, 0.5, 0.6]) + 0.1 * torch.rand(6, 4, generator=generator)
         if classes is None:
             classes = torch.arange(config.num_labels).expand(6, -1)
-        return ImplicitMaskField(decoder, config, features, prompt, frame, classes, 2)
+        square = torch.tensor([[-1.0, -1.0, 1.0, 1.0]]).repeat(2, 1)
+        return ImplicitMaskField(decoder, config, features, prompt, frame, classes, square)
 
     return make
 
@@ -115,7 +116,7 @@ def test_widths(tiny_config):
 
 def prompts(**given):
     check = {"boxes": None, "points": None, "labels": None, "masks": None}
-    return Prompts.check(1, 16, **{**check, **given})
+    return Prompts.check(1, **{**check, **given})
 
 
 def test_frames_of_prompts_by_hand():
@@ -300,6 +301,17 @@ def test_the_threshold_selects_its_share_of_the_lattice(make_field):
 
 
 @torch.no_grad()
+def test_the_share_is_one_of_the_image_not_of_its_padding(from_sam, inputs):
+    """An image in the upper half of the square: the fine field decides at an eighth of that half."""
+    model = from_sam().eval()
+    embeddings = model.get_image_embeddings(inputs["pixel_values"])
+    sizes = torch.tensor([[32, 64]] * len(embeddings))
+    field = model.get_mask_field(embeddings, inputs["input_boxes"], reshaped_input_sizes=sizes)
+    rendered = field.render((16, 16), torch.tensor([-1.0, -1.0, 1.0, 0.0]))
+    selected = rendered.uncertainty.flatten(0, 1) > field.threshold[..., None, None]
+    assert (selected.sum(dim=(-2, -1)) == 32).all()
+
+
 def test_the_variance_is_that_of_the_dropout(make_field):
     """The field's own training passes have the mean and variance that it states."""
     points = random_points(8)

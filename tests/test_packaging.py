@@ -103,3 +103,11 @@ def test_wheel_holds_nothing_but_imedsam(tmp_path):
         for path in (ROOT / folder).glob("*.py")
     }
     assert modules | {"imedsam/py.typed"} <= set(files)
+
+
+def test_the_links_between_documents_lead_somewhere():
+    for document in sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*/*.md")):
+        if ".venv" in document.parts or "outputs" in document.parts:
+            continue
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from imedsam import IMedSamImageProcessor, IMedSamModel, IMedSamPipeline, IMedSamProcessor
 from imedsam.training.cli import app
-from imedsam.training.pictures import outline, overlay, uncertainty_picture
+from imedsam.training.pictures import displayable, outline, overlay, uncertainty_picture
 from imedsam.training.predict import read_image
 
 BOX = [10.0, 8.0, 60.0, 40.0]
@@ -48,7 +48,9 @@ def test_masks_have_the_images_size_and_equal_processor_and_model(pipeline, imag
     inputs = pipeline.processor(image, input_boxes=[[BOX]])
     with torch.no_grad():
         embeddings = pipeline.model.get_image_embeddings(inputs["pixel_values"], inputs["reshaped_input_sizes"])
-        field = pipeline.model.get_mask_field(embeddings, inputs["input_boxes"])
+        field = pipeline.model.get_mask_field(
+            embeddings, inputs["input_boxes"], reshaped_input_sizes=inputs["reshaped_input_sizes"]
+        )
         region = pipeline.processor.get_image_regions(inputs["original_sizes"], inputs["reshaped_input_sizes"])
         rendered = field.render((50, 80), region)
     torch.testing.assert_close(torch.from_numpy(segmentation.logits), rendered.logits[0])
@@ -95,6 +97,7 @@ def test_a_16_bit_image_is_seen_through_its_window(pipeline):
     values = np.random.default_rng(0).integers(-1000, 1000, (50, 80)).astype(np.int16)
     pipeline.set_image(values, window=(-200, 300))
     windowed = pipeline.predict(input_boxes=[BOX])
+    np.testing.assert_array_equal(pipeline(values, (-200, 300), input_boxes=[BOX]).logits, windowed.logits)
     clipped = np.clip((values.astype(np.float32) + 200) / 500, 0, 1)
     np.testing.assert_allclose(windowed.logits, pipeline(clipped, input_boxes=[BOX]).logits, atol=1e-4)
 
@@ -143,6 +146,9 @@ def test_predict_on_a_folder_at_another_size(folder, image, tmp_path):
         (["--image", "twice", "--box", *BOX], "collide"),
         (["--image", "a.png", "--boxes", "boxes.json"], "none for a.png"),
         (["--image", "a.png", "--boxes", "text.png"], "Expected a JSON file"),
+        (["--image", "a.png", "--boxes", "flat.json"], "another layout"),
+        (["--image", "a.png", "--box", *BOX, "--class", "liver"], "got 'liver'"),
+        (["--image", "a.png", "--box", *BOX, "--model", "no/such/folder"], "no/such/folder"),
     ],
 )
 def test_predict_says_what_is_wrong(folder, image, tmp_path, monkeypatch, arguments, message):
@@ -155,6 +161,7 @@ def test_predict_says_what_is_wrong(folder, image, tmp_path, monkeypatch, argume
     image.save("twice/a.jpg")
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "boxes.json").write_text("{}")
+    (tmp_path / "flat.json").write_text('{"a.png": [1, 2, 3, 4]}')
     result = run("--model", folder, *arguments, "-o", "out")
     assert result.exit_code == 2
     assert message in result.output
@@ -175,3 +182,39 @@ def test_outline_and_overlay_by_hand():
 def test_uncertainty_picture_spans_black_to_white():
     picture = np.asarray(uncertainty_picture(np.array([[0.0, 0.25], [0.0625, 1.0]])))
     np.testing.assert_array_equal(picture, [[0, 255], [128, 255]])
+
+
+def test_16_bit_images_are_displayed_through_their_window():
+    values = Image.fromarray(np.array([[0, 1000], [2000, 4000]], dtype=np.uint16))
+    assert np.asarray(displayable(values, (1000, 2000)))[..., 0].tolist() == [[0, 0], [255, 255]]
+    assert np.asarray(displayable(values))[..., 0].tolist() == [[0, 64], [128, 255]]
+
+
+def test_a_class_is_chosen_by_its_name(tiny_config, image, tmp_path):
+    torch.manual_seed(0)
+    model = IMedSamModel(tiny_config(id2label={0: "liver", 1: "tumour"}))
+    model.add_adapter()
+    model.save_pretrained(tmp_path / "model")
+    processor = IMedSamProcessor(IMedSamImageProcessor(size=64))
+    processor.save_pretrained(tmp_path / "model")
+    image.save(tmp_path / "a.png")
+    arguments = ["--model", tmp_path / "model", "--image", tmp_path / "a.png", "--box", *BOX, "-o", tmp_path / "out"]
+    assert run(*arguments, "--class", "tumour").exit_code == 0
+    mask = json.loads((tmp_path / "out/report.json").read_text())["a.png"]["masks"][0]
+    segmentation = IMedSamPipeline(model, processor)(image, input_boxes=[BOX], class_labels=[1])
+    assert mask["class"] == "tumour" and mask["area"] == int(segmentation.masks.sum())
+
+
+def test_mask_prompts_of_a_model_with_small_patches(tiny_config, image):
+    """The processor's mask prompts are a quarter of the image, whatever the patch size of the model."""
+    sam_config = tiny_config().sam_config.to_dict()
+    for part in ("vision_config", "prompt_encoder_config"):
+        sam_config[part]["patch_size"] = 8
+    sam_config["prompt_encoder_config"].pop("image_embedding_size", None)
+    torch.manual_seed(0)
+    pipeline = IMedSamPipeline(
+        IMedSamModel(tiny_config(sam_config=sam_config)), IMedSamProcessor(IMedSamImageProcessor(size=64))
+    )
+    mask = np.zeros((50, 80), dtype=bool)
+    mask[10:40, 20:60] = True
+    assert pipeline(image, input_masks=[mask]).masks.shape == (1, 1, 50, 80)

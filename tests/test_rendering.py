@@ -84,7 +84,7 @@ def test_refused_regions(region):
 
 
 def test_refused_coordinates():
-    with pytest.raises(ValueError, match=r"coordinates of shape \(B, P, N, 2\), got \(5, 2\): add the image"):
+    with pytest.raises(ValueError, match=r"coordinates of shape \(B, P, N, 2\) .*, got \(5, 2\)"):
         Plane()(torch.zeros(5, 2))
     with pytest.raises(ValueError, match=r"got \(2, 3, 5, 3\)"):
         Plane()(torch.zeros(2, 3, 5, 3))

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from PIL import Image
@@ -169,6 +172,19 @@ def interrupt_at(monkeypatch, batch_number):
     monkeypatch.setattr(train, "seed_step", stop)
 
 
+def interrupt_before_evaluation(monkeypatch, number):
+    """Stops the run where its n-th validation would begin."""
+    seen, evaluate = [], train.evaluate
+
+    def stop(*args, **options):
+        seen.append(args)
+        if len(seen) == number:
+            raise Interrupted
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(train, "evaluate", stop)
+
+
 def assert_equal_runs(one, other, step):
     assert_equal_files(one / f"step_{step}" / "model.safetensors", other / f"step_{step}" / "model.safetensors")
     assert_equal_files(one / "model.safetensors", other / "model.safetensors")
@@ -199,6 +215,51 @@ def test_an_interrupted_run_ends_with_the_same_weights(run, monkeypatch, batch_n
     )
     run(*flags, "--resume_from_checkpoint", "latest", name="resumed")
     assert_equal_runs(straight, resumed, step=6)
+
+
+# The last step ends the last of two epochs, or lies within it.
+@pytest.mark.parametrize("steps", [4, 3])
+def test_a_run_stopped_after_its_last_step_still_validates(run, monkeypatch, steps):
+    flags = "--per_device_train_batch_size 4 --checkpointing_steps 1 --learning_rate 1e-2".split()
+    flags += ["--max_train_steps", steps]
+    straight = run(*flags, name="straight")
+    with monkeypatch.context() as patch:
+        interrupt_before_evaluation(patch, 2)
+        with pytest.raises(Interrupted):
+            run(*flags, name="resumed")
+    resumed = straight.with_name("resumed")
+    assert checkpoints.find_checkpoints(resumed)[-1].name == f"step_{steps}"
+    run(*flags, "--resume_from_checkpoint", "latest", name="resumed")
+    assert len(read(resumed)["history"]) == 2
+    assert_equal_runs(straight, resumed, step=steps)
+    assert read(straight)["best_epoch"] == read(resumed)["best_epoch"]
+
+
+def test_the_best_model_goes_along_to_another_folder(run):
+    flags = "--num_train_epochs 2 --per_device_train_batch_size 4".split()
+    one = run(*flags, name="one")
+    two = run(*flags, "--resume_from_checkpoint", one / "step_4", name="two")  # nothing is left to train
+    assert_equal_files(one / "best" / "model.safetensors", two / "best" / "model.safetensors")
+    assert_equal_files(one / "model.safetensors", two / "model.safetensors")
+    assert read(one)["history"] == read(two)["history"]
+    shutil.rmtree(one / "best")
+    with pytest.raises(FileNotFoundError, match="Expected the best model so far in .*one/best, got none"):
+        run(*flags, "--resume_from_checkpoint", one / "step_4", name="three")
+
+
+def test_a_new_run_starts_without_an_older_best_model(run, monkeypatch, tmp_path):
+    for name in ("best", "best.old"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    interrupt_at(monkeypatch, 1)
+    with pytest.raises(Interrupted):
+        run("--max_train_steps", 1)
+    assert not list((tmp_path / "run").glob("best*"))
+
+
+def test_a_run_without_a_best_model_says_so(run, monkeypatch):
+    monkeypatch.setattr(train, "save_model", lambda *args: None)
+    with pytest.raises(FileNotFoundError, match=r"Expected the best model in .*best, got none \(best epoch 0\)"):
+        run("--max_train_steps", 1)
 
 
 def test_resuming_from_epochs_keeps_history_and_best(run, monkeypatch):
@@ -310,8 +371,10 @@ def test_training_goes_on_from_an_imedsam_checkpoint(run, trained, sam_folder):
     assert report["image_size"] == 64 and report["history"][0]["loss"] < read(trained)["history"][0]["loss"]
     with pytest.raises(ValueError, match="Expected 2 classes in phantoms, .* got 1"):
         train.main(flags)
-    with pytest.raises(ValueError, match="Expected no --config, --image_size or --resize_mode"):
+    with pytest.raises(ValueError, match="Expected no --config, --image_size, --resize_mode or --window"):
         train.main([*flags, "--config", "lora_rank=8"])
+    with pytest.raises(ValueError, match="Expected no --config, --image_size, --resize_mode or --window"):
+        train.main([*flags, "--num_classes", "2", "--window", "-100", "300"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run):
@@ -353,6 +416,68 @@ def test_config_flags(sam_folder, capsys):
     assert "Expected KEY=VALUE after --config" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--num_points 0", "argument --num_points: Expected a whole number from 1 on, got '0'"),
+        ("--gradient_accumulation_steps 0", "from 1 on, got '0'"),
+        ("--eval_every 1.5", "from 1 on, got '1.5'"),
+        ("--checkpointing_steps 0", "from 1 on, got '0'"),
+        ("--dataloader_num_workers -1", "expected one argument|from 0 on, got '-1'"),
+        ("--num_train_images 0", "from 1 on, got '0'"),
+        ("--config lora_rnk=8", "argument --config: .*lora_rnk"),
+        ("--config lora_rank=many", "argument --config: .*lora_rank"),
+        ("--config selection_share=2", "argument --config: .*selection_share"),
+    ],
+)
+def test_wrong_flags_are_refused(sam_folder, capsys, flags, message):
+    with pytest.raises(SystemExit) as exit:
+        train.parse_args([*arguments(sam_folder, "out", []), *flags.split()])
+    assert exit.value.code == 2
+    assert re.search(message, capsys.readouterr().err, flags=re.DOTALL)
+
+
+def test_images_of_other_types_are_trained_on_through_a_window(run, tmp_path):
+    data = tmp_path / "data"
+    columns, rows = np.meshgrid(np.arange(40), np.arange(30))
+    for kind in ("images", "masks"):
+        (data / kind).mkdir(parents=True)
+    for i in range(5):
+        mask = (columns - 15 - i) ** 2 + (rows - 15) ** 2 < 60
+        Image.fromarray(np.where(mask, 250, -150).astype((np.float32, np.int32)[i % 2])).save(
+            data / "images" / f"{i}.tif"
+        )
+        Image.fromarray(mask.astype(np.uint8) * 255).save(data / "masks" / f"{i}.png")
+    output = run("--dataset_name", data, "--max_train_steps", 1, "--window", -160, 240)
+    assert read(output, "processor_config.json")["image_processor"]["window"] == [-160, 240]
+    assert IMedSamProcessor.from_pretrained(output).image_processor.window == (-160, 240)
+
+
+def test_the_progress_bar_names_the_best_score_once_it_is_known():
+    class Bar:
+        def set_postfix(self, **shown):
+            self.shown = shown
+
+    bar = Bar()
+    train.show_progress(bar, 0.5, checkpoints.TrainerState())
+    assert bar.shown == {"loss": "0.5000"}
+    train.show_progress(bar, 0.5, checkpoints.TrainerState(best_score=0.75, best_epoch=2))
+    assert bar.shown == {"loss": "0.5000", "best_dice": "0.7500"}
+
+
+def test_the_frequency_ratio_is_of_the_image_without_its_padding(sam_folder):
+    args = train.parse_args(arguments(sam_folder, "out", ["--resize_mode", "longest_side"]))
+    model, processor = train.get_model_and_processor(args, load_examples("phantoms", "train", num_images=1))
+    for gate in model.parameter_parts()["frequency gates"]:
+        torch.nn.init.ones_(gate)  # they start closed
+    model.eval()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 60, 3), dtype=np.uint8))
+    inputs = processor.image_processor(image)
+    ratio = train.get_frequency_ratio(Accelerator(cpu=True), model, processor, [{"image": image}])
+    assert ratio == model.frequency_ratio(inputs["pixel_values"], inputs["reshaped_input_sizes"]).tolist()
+    assert ratio != model.frequency_ratio(inputs["pixel_values"]).tolist()
+
+
 # Evaluation
 
 
@@ -376,7 +501,7 @@ class BoxModel(torch.nn.Module):
         assert not self.training and not torch.is_grad_enabled()
         return pixel_values
 
-    def get_mask_field(self, embeddings, input_boxes, class_labels):
+    def get_mask_field(self, embeddings, input_boxes, class_labels, reshaped_input_sizes=None):
         return BoxField(input_boxes, embeddings.shape[-1])
 
 

@@ -92,12 +92,12 @@ def resume(accelerator: Accelerator, args: Namespace) -> TrainerState:
                 f"Starting anew in {args.output_dir}, which holds {checkpoints[-1].name} of an earlier run and will "
                 "lose it: to go on from there, stop and add --resume_from_checkpoint latest."
             )
-        return TrainerState()
+        return _start_anew(accelerator, args)
     folder = Path(args.resume_from_checkpoint)
     if args.resume_from_checkpoint == "latest":
         if not checkpoints:
             logger.warning(f"Starting anew: there is no checkpoint in {args.output_dir}.")
-            return TrainerState()
+            return _start_anew(accelerator, args)
         folder = checkpoints[-1]
     if not (folder / STATE_FILE).exists():
         raise FileNotFoundError(f"Expected a checkpoint with {STATE_FILE} in {folder}, got none.")
@@ -108,7 +108,25 @@ def resume(accelerator: Accelerator, args: Namespace) -> TrainerState:
         changes = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
         logger.warning(f"Resuming {folder} with other arguments, so not the run that it was: {changes}.")
     accelerator.load_state(str(folder))
-    return TrainerState(**saved)
+    state = TrainerState(**saved)
+    if accelerator.is_main_process and state.best_epoch >= 0:
+        take_best(folder.absolute().parent / "best", Path(args.output_dir).absolute() / "best")
+    accelerator.wait_for_everyone()
+    return state
+
+
+def take_best(source: Path, target: Path) -> None:
+    """The best model so far belongs to a run's state: a run that goes on in another folder takes a copy along."""
+    recover_folder(source)
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"Expected the best model so far in {source}, got none: put it back beside its checkpoint, or train anew "
+            "without --resume_from_checkpoint."
+        )
+    if source.resolve() != target.resolve():
+        temporary = new_temporary_folder(target)
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        replace_folder(temporary, target)
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
@@ -141,6 +159,14 @@ def recover_folder(folder: Path) -> None:
     old = folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.replace(folder)
+
+
+def _start_anew(accelerator, args):
+    if accelerator.is_main_process:
+        for name in ("best", "best.old"):
+            shutil.rmtree(Path(args.output_dir) / name, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return TrainerState()
 
 
 def _arguments(accelerator, args):

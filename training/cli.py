@@ -41,9 +41,14 @@ def predict(
     window: Annotated[
         tuple[float, float] | None, typer.Option(help="Low and high of the intensities, for 16-bit and float images.")
     ] = None,
+    class_name: Annotated[
+        str | None, typer.Option("--class", help="Name of the class to segment; the best-scored one by default.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Segment what is in the boxes: mask, overlay and uncertainty as PNG, and report.json."""
+    from safetensors import SafetensorError
+
     from imedsam.pipeline import IMedSamPipeline
     from imedsam.training.predict import find_images, predict_files, read_boxes
 
@@ -52,8 +57,13 @@ def predict(
     try:
         images = find_images(image)
         prompts = read_boxes(boxes, images) if boxes is not None else {path: [box] for path in images if box}
-        report = predict_files(IMedSamPipeline.from_pretrained(model, device), prompts, output, size, window)
-    except ValueError as error:
+        pipeline = IMedSamPipeline.from_pretrained(model, device)
+        classes = pipeline.model.config.label2id
+        if class_name is not None and class_name not in classes:
+            raise ValueError(f"Expected --class to be one of {', '.join(classes)}, got {class_name!r}.")
+        class_label = None if class_name is None else classes[class_name]
+        report = predict_files(pipeline, prompts, output, size, window, class_label)
+    except (ValueError, OSError, SafetensorError, AssertionError) as error:
         raise typer.BadParameter(str(error)) from error
     for name, result in report.items():
         for mask in result["masks"]:

@@ -17,6 +17,7 @@ from imedsam.training.metrics import box_from_mask
 logger = logging.get_logger(__name__)
 
 SPLITS = ("train", "validation", "test")
+VALIDATION_NAMES = ("val", "valid")
 SPLIT_SHARES = (0.6, 0.2, 0.2)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
 MASK_COLUMNS = ("mask", "label", "annotation")
@@ -337,19 +338,23 @@ def load_examples(
             named, with the columns `image` and `mask`, `label` or `annotation`.
         split: "train", "validation" or "test". What has no splits is split 60:20:20, by `seed`.
         labels: the names of the masks' values, for label maps without a `labels.json`.
-        num_images: at most this many; the number to draw of phantoms (20 by default).
+        num_images: at most this many, at least 1; the number to draw of phantoms (20 by default).
         image_size: of phantoms, in pixels.
         num_classes: of phantoms, 1 or 2.
 
     Raises:
         FileNotFoundError: no such folder, or an image without a mask.
-        ValueError: an unknown or empty split, a missing column.
+        ValueError: an unknown or empty split, an image in two splits, a missing column, labels that name no classes.
     """
     if split not in SPLITS:
         raise ValueError(f"Expected split to be one of {', '.join(SPLITS)}, got {split!r}.")
+    if num_images is not None and num_images < 1:
+        raise ValueError(f"Expected num_images of 1 or more, got {num_images}: leave it out for all images.")
     name, _, kind = dataset.partition(":")
     if name == "phantoms":
-        examples = _load_phantoms(split, num_images or 20, seed, image_size, num_classes, kind or None)
+        examples = _load_phantoms(
+            split, 20 if num_images is None else num_images, seed, image_size, num_classes, kind or None
+        )
     elif (Path(dataset) / "images").is_dir():
         examples = _load_folder(Path(dataset), split, seed, labels)
     else:
@@ -369,14 +374,15 @@ def _load_phantoms(split, num_images, seed, size, num_classes, kind):
 
 
 def _load_folder(folder, split, seed, labels):
-    images = {p.stem: p for p in sorted((folder / "images").iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+    images = _find_images(folder / "images")
     if (folder / "splits.json").exists():
         splits = json.loads((folder / "splits.json").read_text())
+        _check_splits_are_disjoint(splits, folder / "splits.json")
         names = _pick_split(splits, split, folder / "splits.json")
     else:
         names = _split_in_three(list(images), seed)[split]
     if labels is None and (folder / "labels.json").exists():
-        labels = json.loads((folder / "labels.json").read_text())
+        labels = read_labels(folder / "labels.json")
     files = []
     for name in names:
         image, mask = images.get(name), folder / "masks" / f"{name}.png"
@@ -387,7 +393,64 @@ def _load_folder(folder, split, seed, labels):
         if not mask.exists():
             raise FileNotFoundError(f"Expected a mask for {image}, got none: {mask} does not exist.")
         files.append((image, mask))
-    return Examples(_Files(files), names, labels and {int(value): name for value, name in labels.items()})
+    return Examples(_Files(files), names, labels)
+
+
+def _find_images(folder):
+    images = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        if path.stem in images:
+            raise ValueError(
+                f"Expected one image of each name in {folder}, got {images[path.stem].name} and {path.name}: rename "
+                "or remove one, as both would share a mask."
+            )
+        images[path.stem] = path
+    return images
+
+
+def _check_splits_are_disjoint(splits, where):
+    seen = {}
+    for split in [split for split in (*SPLITS, *VALIDATION_NAMES) if split in splits]:
+        for name in splits[split]:
+            if seen.setdefault(name, split) != split:
+                raise ValueError(
+                    f"Expected every image in one split of {where}, got {name!r} in {seen[name]} and {split}: remove "
+                    "it from one, or the scores are of images trained on."
+                )
+
+
+def read_labels(path: Path) -> dict[int, str]:
+    """
+    Reads labels.json, {"0": "background", "1": "organ", ...}: the name of each value of the label maps.
+
+    Raises:
+        ValueError: the file holds something else, two classes of one name or no class.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"Expected JSON in {path}, got {error}: {_LABELS_HELP}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected an object in {path}, got {type(content).__name__}: {_LABELS_HELP}.")
+    for value, name in content.items():
+        if not value.isdecimal() or not isinstance(name, str):
+            raise ValueError(
+                f'Expected entries "integer": "name" in {path}, got {json.dumps({value: name})}: {_LABELS_HELP}.'
+            )
+    labels = {int(value): name for value, name in content.items()}
+    if not any(value > 0 for value in labels):
+        raise ValueError(f"Expected a class beside the background in {path}, got {content}: {_LABELS_HELP}.")
+    names = list(labels.values())
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"Expected a name of its own for each class in {path}, got {repeated[0]!r} twice: rename one."
+        )
+    return labels
+
+
+_LABELS_HELP = 'write {"0": "background", "1": "organ", ...}'
 
 
 class _Files:
@@ -397,9 +460,12 @@ class _Files:
     def __getitem__(self, index):
         images = []
         for path in self.files[index]:
-            with Image.open(path) as image:
-                image.load()
-                images.append(image)
+            try:
+                with Image.open(path) as image:
+                    image.load()
+            except (OSError, SyntaxError, ValueError) as error:
+                raise ValueError(f"Expected a whole image in {path}, got {error}: replace it or remove it.") from error
+            images.append(image)
         return tuple(images)
 
 
@@ -441,7 +507,7 @@ class _Rows:
 
 
 def _pick_split(splits, split, where):
-    for name in (split, "val", "valid") if split == "validation" else (split,):
+    for name in (split, *VALIDATION_NAMES) if split == "validation" else (split,):
         if name in splits:
             return splits[name]
     raise ValueError(f"Expected a {split} split in {where}, got {', '.join(splits)}.")

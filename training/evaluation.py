@@ -94,6 +94,7 @@ def _evaluate_batch(model, processor, batch, table, examples, output_size, box_j
             embeddings[one],
             input_boxes=inputs["input_boxes"][one, prompts],
             class_labels=inputs["class_labels"][one, prompts],
+            reshaped_input_sizes=inputs["reshaped_input_sizes"][one],
         )
         size = example["mask"].shape if output_size is None else (output_size, output_size)
         predictions = (field.render(size, region=regions[one]).logits[0, :, 0] > 0).cpu().numpy()

@@ -31,6 +31,16 @@ def overlay(image: Image.Image, masks: np.ndarray, boxes: Sequence[Sequence[floa
     return picture
 
 
+def displayable(image: Image.Image, window: tuple[float, float] | None = None) -> Image.Image:
+    """An image of any mode in RGB: 16-bit and float images through the window, or from their least to largest."""
+    if image.mode not in ("I", "I;16", "I;16B", "F"):
+        return image.convert("RGB")
+    values = np.asarray(image, dtype=np.float64)
+    low, high = (values.min(), values.max()) if window is None else window
+    scaled = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
+    return Image.fromarray((255 * scaled).round().astype(np.uint8)).convert("RGB")
+
+
 def outline(mask: np.ndarray, thickness: int) -> np.ndarray:
     """The pixels of a mask (H, W) that are within `thickness` steps of its outside."""
     inner = mask

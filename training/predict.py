@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from imedsam.pipeline import IMedSamPipeline, Segmentation
-from imedsam.training.pictures import overlay, uncertainty_picture
+from imedsam.training.pictures import displayable, overlay, uncertainty_picture
 from imedsam.training.report import write_json
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -22,6 +22,7 @@ def predict_files(
     output_dir: Path,
     size: tuple[int, int] | None = None,
     window: tuple[float, float] | None = None,
+    class_label: int | None = None,
 ) -> dict:
     """
     Segments image files and writes for each `NAME_mask.png` (0 and 255; `NAME_mask_2.png` and so on for further
@@ -31,23 +32,33 @@ def predict_files(
         boxes: the boxes (x0, y0, x1, y1) to prompt with, in pixels of each image.
         size: (height, width) of what is written; each image's own by default.
         window: (low, high) of the intensities to see, for 16-bit and float images.
+        class_label: index of the class to segment; by default each box gets the class with the best score.
 
     Returns:
-        The report: per image its size, boxes, and per box the area in pixels, the score and the mean uncertainty.
+        The report: per image its size, boxes, and per box the class, the area in pixels, the score and the mean
+        uncertainty.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     report = {}
     for path, image_boxes in tqdm(boxes.items(), desc="Segmenting", unit="image"):
         image = read_image(path)
         pipeline.set_image(image, window)
-        segmentation = pipeline.predict(input_boxes=[list(map(list, image_boxes))], output_size=size)
-        _write_pictures(output_dir / path.stem, image, image_boxes, segmentation)
+        prompts: dict = {"input_boxes": [[list(box) for box in image_boxes]]}
+        if class_label is not None:
+            prompts["class_labels"] = [[class_label] * len(image_boxes)]
+        segmentation = pipeline.predict(**prompts, output_size=size)
+        _write_pictures(output_dir / path.stem, displayable(image, window), image_boxes, segmentation)
         report[path.name] = {
             "size": list(segmentation.masks.shape[-2:]),
             "boxes": [list(box) for box in image_boxes],
             "masks": [
-                {"area": int(mask.sum()), "score": float(score), "uncertainty": float(uncertainty.mean())}
-                for mask, score, uncertainty in _per_box(segmentation)
+                {
+                    "class": pipeline.model.config.id2label[best if class_label is None else class_label],
+                    "area": int(mask.sum()),
+                    "score": float(score),
+                    "uncertainty": float(uncertainty.mean()),
+                }
+                for best, mask, score, uncertainty in _per_box(segmentation)
             ],
         }
     write_json(output_dir / "report.json", report)
@@ -71,6 +82,8 @@ def read_image(path: Path) -> Image.Image:
 
 def find_images(path: Path) -> list[Path]:
     """The image itself, or the images of a folder."""
+    if not path.exists():
+        raise ValueError(f"Expected an image or a folder of images at {path}, got no such file or folder.")
     if not path.is_dir():
         return [path]
     images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
@@ -93,23 +106,31 @@ def read_boxes(path: Path, images: Sequence[Path]) -> dict[Path, list[Box]]:
         named = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"Expected a JSON file of boxes at {path}, got: {error}.") from error
+    if not isinstance(named, dict) or not all(_is_list_of_boxes(boxes) for boxes in named.values()):
+        raise ValueError(f'Expected {{"name.png": [[x0, y0, x1, y1], ...], ...}} in {path}, got another layout.')
     missing = [image.name for image in images if not named.get(image.name)]
     if missing:
         raise ValueError(f"Expected a list of boxes for each image in {path}, got none for {', '.join(missing[:5])}.")
     return {image: named[image.name] for image in images}
 
 
+def _is_list_of_boxes(boxes) -> bool:
+    return isinstance(boxes, list) and all(
+        isinstance(box, list) and len(box) == 4 and all(isinstance(edge, int | float) for edge in box) for box in boxes
+    )
+
+
 def _per_box(segmentation: Segmentation):
-    """Mask, score and uncertainty of each box; with several classes of the class that is surest of itself."""
+    """Index, mask, score and uncertainty of each box's best mask: with several classes the one with the best score."""
     for masks, scores, uncertainties in zip(
         segmentation.masks, segmentation.scores, segmentation.uncertainty, strict=True
     ):
         best = int(np.argmax(scores))
-        yield masks[best], scores[best], uncertainties[best]
+        yield best, masks[best], scores[best], uncertainties[best]
 
 
 def _write_pictures(prefix: Path, image: Image.Image, boxes: Sequence[Box], segmentation: Segmentation) -> None:
-    masks, _, uncertainties = (np.stack(parts) for parts in zip(*_per_box(segmentation), strict=True))
+    _, masks, _, uncertainties = (np.stack(parts) for parts in zip(*_per_box(segmentation), strict=True))
     for index, mask in enumerate(masks):
         suffix = "mask" if index == 0 else f"mask_{index + 1}"
         Image.fromarray(mask.astype(np.uint8) * 255).save(f"{prefix}_{suffix}.png")

@@ -10,7 +10,7 @@ LIBRARIES = ("imedsam", "torch", "transformers", "peft", "accelerate", "monai", 
 METRIC_TITLES = {"dice": "Dice", "iou": "IoU", "hd": "HD (px)", "hd95": "HD95 (px)"}
 
 
-def write_report(folder: Path, report: dict, card: bool = True) -> None:
+def write_report(folder: Path, report: dict) -> None:
     """
     Writes the three files into the folder of the trained model; metrics.json is the last, and so the sign of a
     finished run.
@@ -20,8 +20,7 @@ def write_report(folder: Path, report: dict, card: bool = True) -> None:
             are added.
     """
     plot_curves(report["history"], folder / "curves.png")
-    if card:
-        (folder / "README.md").write_text(model_card(report))
+    (folder / "README.md").write_text(model_card(report))
     report = {
         **report,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},

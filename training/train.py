@@ -20,10 +20,12 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.utils import gather_object, set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, SchedulerType, get_scheduler
 
+from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.image_processing_imedsam import RESIZE_MODES, IMedSamImageProcessor
 from imedsam.processing.processing_imedsam import IMedSamProcessor
@@ -35,6 +37,7 @@ from imedsam.training.data import (
     PromptedSegmentationDataset,
     collate_prompts,
     load_examples,
+    read_labels,
     without_empty_masks,
 )
 from imedsam.training.evaluation import class_means, evaluate_masks, floor_metrics
@@ -103,7 +106,8 @@ def train(accelerator, model, processor, train_loader, validation, optimizer, sc
         desc="Training",
         disable=not accelerator.is_main_process,
     )
-    while state.epoch < args.num_train_epochs and state.global_step < args.max_train_steps:
+    # A run stopped between its last step and its last validation has batches behind it and no step before it.
+    while state.epoch < args.num_train_epochs and (state.global_step < args.max_train_steps or state.batch):
         train_epoch(accelerator, model, train_loader, optimizer, scheduler, args, state, bar)
         row = {
             "epoch": state.epoch,
@@ -121,7 +125,7 @@ def train(accelerator, model, processor, train_loader, validation, optimizer, sc
             if row["validation"]["dice"] > state.best_score:
                 state.best_score, state.best_epoch = row["validation"]["dice"], state.epoch
                 save_model(accelerator, model, processor, Path(args.output_dir) / "best")
-            bar.set_postfix(loss=f"{row['loss']:.4f}", dice=f"{row['validation']['dice']:.4f}")
+            show_progress(bar, row["loss"], state)
             accelerator.log(flatten({"validation": row["validation"]}), step=state.global_step)
             accelerator.log(flatten({"frequency_ratio": row["frequency_ratio"]}), step=state.global_step)
         state.seconds += time.perf_counter() - started_at
@@ -135,6 +139,8 @@ def train(accelerator, model, processor, train_loader, validation, optimizer, sc
 def train_epoch(accelerator, model, train_loader, optimizer, scheduler, args, state, bar) -> None:
     """One epoch, or what is left of it."""
     model.train()
+    if state.global_step >= args.max_train_steps:
+        return
     train_loader.set_epoch(state.epoch)
     loader = skip_first_batches(train_loader, state.batch) if state.batch else train_loader
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -164,7 +170,7 @@ def train_epoch(accelerator, model, train_loader, optimizer, scheduler, args, st
             continue
         state.global_step += 1
         bar.update()
-        bar.set_postfix(loss=f"{loss:.4f}", dice=f"{max(state.best_score, 0):.4f}")
+        show_progress(bar, loss, state)
         rates = {f"learning_rate/{g['name']}": g["lr"] for g in optimizer.param_groups}
         accelerator.log({"train/loss": loss, "train/coarse_loss_weight": weight, **rates}, step=state.global_step)
         if isinstance(args.checkpointing_steps, int) and state.global_step % args.checkpointing_steps == 0:
@@ -195,6 +201,11 @@ def finish(accelerator, processor, examples: dict[str, Examples], args, state: T
     output_dir = Path(args.output_dir)
     with accelerator.main_process_first():
         recover_folder(output_dir / "best")
+    if not (output_dir / "best").is_dir():
+        raise FileNotFoundError(
+            f"Expected the best model in {output_dir / 'best'}, got none (best epoch {state.best_epoch}): put it "
+            "back, or train anew without --resume_from_checkpoint."
+        )
     model = IMedSamModel.from_pretrained(output_dir / "best").to(accelerator.device)
     report = {
         "arguments": vars(args),
@@ -228,9 +239,7 @@ def finish(accelerator, processor, examples: dict[str, Examples], args, state: T
 
 
 def get_examples(args: argparse.Namespace) -> dict[str, Examples]:
-    labels = None
-    if args.labels is not None:
-        labels = {int(value): name for value, name in json.loads(Path(args.labels).read_text()).items()}
+    labels = None if args.labels is None else read_labels(Path(args.labels))
     counts = {"train": args.num_train_images, "validation": args.num_eval_images, "test": args.num_eval_images}
     return {
         split: without_empty_masks(
@@ -256,11 +265,11 @@ def get_model_and_processor(args: argparse.Namespace, examples: Examples) -> tup
             path, image_size=args.image_size or 384, id2label=examples.id2label, **args.config
         )
         size, mode = model.config.image_size, args.resize_mode or "stretch"
-        return model, IMedSamProcessor(IMedSamImageProcessor(size=size, resize_mode=mode))
-    if args.config or args.image_size or args.resize_mode:
+        return model, IMedSamProcessor(IMedSamImageProcessor(size=size, resize_mode=mode, window=args.window))
+    if args.config or args.image_size or args.resize_mode or args.window:
         raise ValueError(
-            f"Expected no --config, --image_size or --resize_mode with {path}, got some: it is an I-MedSAM checkpoint "
-            "and keeps its own; start from a SAM checkpoint to change them."
+            f"Expected no --config, --image_size, --resize_mode or --window with {path}, got some: it is an I-MedSAM "
+            "checkpoint and keeps its own; start from a SAM checkpoint to change them."
         )
     model = IMedSamModel.from_pretrained(path)
     if model.config.num_labels != len(examples.id2label):
@@ -328,8 +337,8 @@ def get_frequency_ratio(accelerator, model, processor, examples: Examples) -> li
     model = accelerator.unwrap_model(model)
     if model.frequency_branch is None:
         return []
-    pixel_values = processor.image_processor(examples[0]["image"])["pixel_values"]
-    return model.frequency_ratio(pixel_values.to(model.device)).tolist()
+    inputs = processor.image_processor(examples[0]["image"]).to(model.device)
+    return model.frequency_ratio(inputs["pixel_values"], inputs["reshaped_input_sizes"]).tolist()
 
 
 def seed_step(seed: int, epoch: int, batch: int, process_index: int) -> None:
@@ -343,6 +352,11 @@ def count_epochs_and_steps(args: argparse.Namespace, batches_per_epoch: int) -> 
     if args.max_train_steps is None:
         return args.num_train_epochs, args.num_train_epochs * steps_per_epoch
     return math.ceil(args.max_train_steps / steps_per_epoch), args.max_train_steps
+
+
+def show_progress(bar: tqdm, loss: float, state: TrainerState) -> None:
+    best = {"best_dice": f"{state.best_score:.4f}"} if state.best_epoch >= 0 else {}
+    bar.set_postfix(loss=f"{loss:.4f}", **best)
 
 
 def flatten(values: dict) -> dict[str, float]:
@@ -367,38 +381,49 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--output_dir", required=True)
     add("--labels", help='JSON file {"0": "background", "1": ...} for label maps that come without one.')
-    add("--num_train_images", type=int, help="Train on the first so many images; how many phantoms to draw.")
-    add("--num_eval_images", type=int, help="The same for validation and test.")
-    add("--num_classes", type=int, default=1, help="Of phantoms: 1 or 2.")
-    add("--phantom_size", type=int, default=256, help="Side of phantoms in pixels.")
-    add("--image_size", type=int, help="Side of the model's square; 384 by default.")
+    add(
+        "--num_train_images",
+        type=positive_int,
+        help="Train on the first so many images, all of them by default; how many phantoms to draw, 20 by default.",
+    )
+    add("--num_eval_images", type=positive_int, help="The same for validation and test.")
+    add("--num_classes", type=int, choices=(1, 2), default=1, help="Of phantoms: 1 or 2.")
+    add("--phantom_size", type=positive_int, default=256, help="Side of phantoms in pixels.")
+    add("--image_size", type=positive_int, help="Side of the model's square; 384 by default.")
     add("--resize_mode", choices=RESIZE_MODES, help='"stretch" by default.')
+    add(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="Intensities of the images that become 0 and 1, for those that are not of 8 or 16 bits without sign.",
+    )
     add("--config", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="IMedSamConfig values, as JSON.")
-    add("--num_points", type=int, default=4096, help="Supervised points per prompt.")
+    add("--num_points", type=positive_int, default=4096, help="Supervised points per prompt.")
     add("--uniform_share", type=float, default=0.5, help="Share of them from the whole image, not around the box.")
     add("--point_weighting", choices=("importance", "none"), default="importance")
     add("--supervision", choices=("points", "dense"), default="points")
-    add("--label_size", type=int, help="Side of the dense labels; the model's square by default.")
+    add("--label_size", type=positive_int, help="Side of the dense labels; the model's square by default.")
     add("--box_jitter", type=float, default=0.1, help="Largest move of a box's side, as a share of the box.")
     add("--augmentation", choices=STRENGTHS, default="strong")
-    add("--per_device_train_batch_size", type=int, default=4)
-    add("--per_device_eval_batch_size", type=int, default=4)
+    add("--per_device_train_batch_size", type=positive_int, default=4)
+    add("--per_device_eval_batch_size", type=positive_int, default=4)
     add("--learning_rate", type=float, default=1e-3, help="Of the fields and the frequency gates.")
     add("--adapter_learning_rate", type=float, default=5e-5, help="Of the adapters, prompt encoder and upscaling.")
     add("--encoder_learning_rate", type=float, default=1e-4, help="Of image encoder and mask decoder, if trained.")
     add("--weight_decay", type=float, default=0.01)
-    add("--num_train_epochs", type=int, default=100)
-    add("--max_train_steps", type=int, help="Takes precedence over the epochs.")
-    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--num_train_epochs", type=positive_int, default=100)
+    add("--max_train_steps", type=positive_int, help="Takes precedence over the epochs.")
+    add("--gradient_accumulation_steps", type=positive_int, default=1)
     add("--lr_scheduler_type", type=SchedulerType, choices=list(SchedulerType), default=SchedulerType.COSINE)
-    add("--num_warmup_steps", type=int, default=0)
+    add("--num_warmup_steps", type=non_negative_int, default=0)
     add("--max_grad_norm", type=float, default=1.0)
     add("--coarse_ramp_epochs", type=float, default=5, help="Epochs in which the coarse loss's weight falls to 0.1.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"))
-    add("--seed", type=int, default=0)
-    add("--dataloader_num_workers", type=int, default=0)
-    add("--eval_every", type=int, default=1, help="Epochs between validations.")
-    add("--evaluation_size", type=int, default=256, help="Side of the masks compared while training.")
+    add("--seed", type=non_negative_int, default=0)
+    add("--dataloader_num_workers", type=non_negative_int, default=0)
+    add("--eval_every", type=positive_int, default=1, help="Epochs between validations.")
+    add("--evaluation_size", type=positive_int, default=256, help="Side of the masks compared while training.")
     add("--do_test", action="store_true", help="Score the test split, once, at the end.")
     add("--checkpointing_steps", type=_int_or_epoch, default="epoch", help='Number of steps, or "epoch".')
     add("--resume_from_checkpoint", help='A folder step_N, or "latest" for the newest in --output_dir, if any.')
@@ -407,8 +432,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         args.config = dict(parse_config(item) for item in args.config)
-    except ValueError as error:
-        parser.error(str(error))
+        IMedSamConfig(**args.config)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        parser.error(f"argument --config: {error}")
     args.lr_scheduler_type = args.lr_scheduler_type.value
     return args
 
@@ -424,8 +450,22 @@ def parse_config(item: str) -> tuple[str, object]:
         return key, value
 
 
+def positive_int(value: str) -> int:
+    return _int_from(1, value)
+
+
+def non_negative_int(value: str) -> int:
+    return _int_from(0, value)
+
+
+def _int_from(least, value):
+    if not value.isdecimal() or int(value) < least:
+        raise argparse.ArgumentTypeError(f"Expected a whole number from {least} on, got {value!r}.")
+    return int(value)
+
+
 def _int_or_epoch(value):
-    return value if value == "epoch" else int(value)
+    return value if value == "epoch" else positive_int(value)
 
 
 if __name__ == "__main__":
