@@ -397,7 +397,7 @@ def _load_folder(folder, split, seed, labels):
 
 
 def _find_images(folder):
-    images = {}
+    images: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
@@ -411,7 +411,7 @@ def _find_images(folder):
 
 
 def _check_splits_are_disjoint(splits, where):
-    seen = {}
+    seen: dict[str, str] = {}
     for split in [split for split in (*SPLITS, *VALIDATION_NAMES) if split in splits]:
         for name in splits[split]:
             if seen.setdefault(name, split) != split:
