@@ -30,7 +30,7 @@ IMAGE_SIZE, PATCH_SIZE = 128, 8
 PHANTOM_SIZE = 192
 NUM_TRAIN_IMAGES, NUM_VALIDATION_IMAGES, NUM_TEST_IMAGES = 1500, 20, 60
 TRAINING = (
-    "--num_train_epochs 5 --per_device_train_batch_size 8 --num_warmup_steps 50 --augmentation none "
+    "--num_train_epochs 4 --per_device_train_batch_size 8 --num_warmup_steps 50 --augmentation none "
     "--learning_rate 2e-3 --adapter_learning_rate 2e-3 --encoder_learning_rate 1e-3 --coarse_ramp_epochs 2 "
     "--num_points 2048 --uniform_share 0.3 --point_weighting none --box_jitter 0.05 "
     "--evaluation_size 128 --eval_every 2"
