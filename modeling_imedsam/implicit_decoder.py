@@ -35,8 +35,8 @@ class ImplicitDecoder(nn.Module):
     @staticmethod
     def normalise(features: Tensor) -> Tensor:
         """
-        Scales the channels of (R, C, H, W) at each place to mean 0 and variance 1. SAM's upscaled features are 4 to 20
-        times smaller than the coordinates beside them, depending on the checkpoint: a new field would not see them.
+        Scales the channels of (R, C, H, W) at each place to mean 0 and variance 1. SAM's upscaled features are much
+        smaller than the coordinates beside them, how much depends on the checkpoint: a new field would not see them.
         """
         return F.layer_norm(features.movedim(1, -1), features.shape[1:2]).movedim(-1, 1)
 

@@ -1,6 +1,7 @@
 """The pipeline and prediction on files: from images to masks of their own size."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -218,3 +219,22 @@ def test_mask_prompts_of_a_model_with_small_patches(tiny_config, image):
     mask = np.zeros((50, 80), dtype=bool)
     mask[10:40, 20:60] = True
     assert pipeline(image, input_masks=[mask]).masks.shape == (1, 1, 50, 80)
+
+
+def test_predict_names_a_damaged_checkpoint(folder, image, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    image.save(tmp_path / "a.png")
+    shutil.copytree(folder, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    result = run("--model", tmp_path / "damaged", "--image", tmp_path / "a.png", "--box", *BOX, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "got a damaged one" in result.output and str(tmp_path / "damaged") in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_predict_refuses_a_device_that_is_not_there(folder, image, tmp_path):
+    image.save(tmp_path / "a.png")
+    arguments = ["--model", folder, "--image", tmp_path / "a.png", "--box", *BOX, "--device", "cuda"]
+    result = run(*arguments, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "without CUDA" in result.output

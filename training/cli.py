@@ -47,6 +47,7 @@ def predict(
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Segment what is in the boxes: mask, overlay and uncertainty as PNG, and report.json."""
+    import torch
     from safetensors import SafetensorError
 
     from imedsam.pipeline import IMedSamPipeline
@@ -54,6 +55,8 @@ def predict(
 
     if (box is None) == (boxes is None):
         raise typer.BadParameter("Expected boxes by --box x0 y0 x1 y1 or by --boxes FILE, got both or neither.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise typer.BadParameter(f"Expected a device that is there, got {device} without CUDA: use --device cpu.")
     try:
         images = find_images(image)
         prompts = read_boxes(boxes, images) if boxes is not None else {path: [box] for path in images if box}
@@ -63,7 +66,10 @@ def predict(
             raise ValueError(f"Expected --class to be one of {', '.join(classes)}, got {class_name!r}.")
         class_label = None if class_name is None else classes[class_name]
         report = predict_files(pipeline, prompts, output, size, window, class_label)
-    except (ValueError, OSError, SafetensorError, AssertionError) as error:
+    except SafetensorError as error:
+        message = f"Expected a whole checkpoint at {model}, got a damaged one ({error}): copy or download it again."
+        raise typer.BadParameter(message) from error
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     for name, result in report.items():
         for mask in result["masks"]:
