@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from imedsam import IMedSamPipeline
-from imedsam.training.data import load_examples
 from imedsam.training.demo import draw
 from imedsam.training.evaluation import evaluate_masks, floor_metrics
+from imedsam.training.examples import load_examples
 from imedsam.training.report import write_json
 from imedsam.training.train import main as train
 

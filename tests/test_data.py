@@ -16,13 +16,11 @@ from imedsam.training.data import (
     dense_labels,
     jitter_box,
     labels_at,
-    load_examples,
     model_coordinates,
-    read_labels,
     sample_points,
     split_by_class,
-    without_empty_masks,
 )
+from imedsam.training.examples import load_examples, read_labels, without_empty_masks
 from imedsam.training.metrics import box_from_mask
 from imedsam.training.phantoms import phantoms_dataset
 

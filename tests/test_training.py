@@ -22,8 +22,9 @@ from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.image_processing_imedsam import IMedSamImageProcessor
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.training import checkpoints, train
-from imedsam.training.data import load_examples
+from imedsam.training.arguments import parse_args, parse_config
 from imedsam.training.evaluation import class_means, evaluate_masks, floor_metrics, sample_mask
+from imedsam.training.examples import load_examples
 
 SMALL = ["coarse_widths=[32,32]", "fine_widths=[32,32]", "coarse_features=16", "fine_head_width=16"]
 SMALL += ["selection_lattice=8"]
@@ -87,7 +88,7 @@ def test_training_lowers_the_loss_and_finds_the_object(trained):
 
 
 def test_only_what_the_configuration_names_is_trained(sam_folder, trained):
-    args = train.parse_args(arguments(sam_folder, trained, ["--num_classes", 2]))
+    args = parse_args(arguments(sam_folder, trained, ["--num_classes", 2]))
     set_seed(args.seed)
     model, _ = train.get_model_and_processor(args, load_examples("phantoms", "train", num_images=1, num_classes=2))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -383,7 +384,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
 
 
 def test_parameter_groups(sam_folder):
-    args = train.parse_args(arguments(sam_folder, "out", ["--weight_decay", 0.02]))
+    args = parse_args(arguments(sam_folder, "out", ["--weight_decay", 0.02]))
     model, _ = train.get_model_and_processor(args, load_examples("phantoms", "train", num_images=1))
     groups = train.get_parameter_groups(model, args)
     grouped = [id(p) for group in groups for p in group["params"]]
@@ -397,7 +398,7 @@ def test_parameter_groups(sam_folder):
 
 
 def test_the_coarse_weight_falls_linearly(sam_folder):
-    args = train.parse_args(arguments(sam_folder, "out", ["--coarse_ramp_epochs", 2]))
+    args = parse_args(arguments(sam_folder, "out", ["--coarse_ramp_epochs", 2]))
     weights = [train.get_coarse_loss_weight(args, epoch, batch, 4) for epoch in range(3) for batch in range(4)]
     np.testing.assert_allclose(np.diff(weights), [-0.9 / 8] * 8 + [0] * 3, atol=1e-12)
     assert weights[0] == 1 and weights[-1] == pytest.approx(0.1)
@@ -406,13 +407,13 @@ def test_the_coarse_weight_falls_linearly(sam_folder):
 
 
 def test_config_flags(sam_folder, capsys):
-    assert train.parse_config("frequency_view=null") == ("frequency_view", None)
-    assert train.parse_config("coarse_widths=[8, 4]") == ("coarse_widths", [8, 4])
-    assert train.parse_config("frequency_view=haar") == ("frequency_view", "haar")
-    args = train.parse_args([*arguments(sam_folder, "out", []), "--config", "lora_rank=8"])
+    assert parse_config("frequency_view=null") == ("frequency_view", None)
+    assert parse_config("coarse_widths=[8, 4]") == ("coarse_widths", [8, 4])
+    assert parse_config("frequency_view=haar") == ("frequency_view", "haar")
+    args = parse_args([*arguments(sam_folder, "out", []), "--config", "lora_rank=8"])
     assert args.config["lora_rank"] == 8 and args.config["coarse_features"] == 16
     with pytest.raises(SystemExit):
-        train.parse_args([*arguments(sam_folder, "out", []), "--config", "lora_rank"])
+        parse_args([*arguments(sam_folder, "out", []), "--config", "lora_rank"])
     assert "Expected KEY=VALUE after --config" in capsys.readouterr().err
 
 
@@ -432,7 +433,7 @@ def test_config_flags(sam_folder, capsys):
 )
 def test_wrong_flags_are_refused(sam_folder, capsys, flags, message):
     with pytest.raises(SystemExit) as exit:
-        train.parse_args([*arguments(sam_folder, "out", []), *flags.split()])
+        parse_args([*arguments(sam_folder, "out", []), *flags.split()])
     assert exit.value.code == 2
     assert re.search(message, capsys.readouterr().err, flags=re.DOTALL)
 
@@ -466,7 +467,7 @@ def test_the_progress_bar_names_the_best_score_once_it_is_known():
 
 
 def test_the_frequency_ratio_is_of_the_image_without_its_padding(sam_folder):
-    args = train.parse_args(arguments(sam_folder, "out", ["--resize_mode", "longest_side"]))
+    args = parse_args(arguments(sam_folder, "out", ["--resize_mode", "longest_side"]))
     model, processor = train.get_model_and_processor(args, load_examples("phantoms", "train", num_images=1))
     for gate in model.parameter_parts()["frequency gates"]:
         torch.nn.init.ones_(gate)  # they start closed

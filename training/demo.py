@@ -17,8 +17,8 @@ from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.pipeline import IMedSamPipeline
 from imedsam.processing.image_processing_imedsam import IMedSamImageProcessor
 from imedsam.processing.processing_imedsam import IMedSamProcessor
-from imedsam.training.data import Examples, load_examples
 from imedsam.training.evaluation import evaluate_masks, floor_metrics
+from imedsam.training.examples import Examples, load_examples
 from imedsam.training.metrics import MetricTable, box_from_mask, otsu_in_box, segmentation_metrics
 from imedsam.training.pictures import overlay, save_sheet, uncertainty_picture
 from imedsam.training.report import write_json

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from imedsam.training.data import Examples, collate_prompts, encode, jitter_box, split_by_class
+from imedsam.training.data import collate_prompts, encode, jitter_box, split_by_class
+from imedsam.training.examples import Examples
 from imedsam.training.metrics import MetricTable, box_from_mask, filled_box, inscribed_ellipse, segmentation_metrics
 
 

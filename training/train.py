@@ -10,7 +10,6 @@ resumed ends with the same weights as one that was not.
 """
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -20,27 +19,18 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.utils import gather_object, set_seed
-from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, SchedulerType, get_scheduler
+from transformers import PreTrainedConfig, get_scheduler
 
-from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.modeling_imedsam import IMedSamModel
-from imedsam.processing.image_processing_imedsam import RESIZE_MODES, IMedSamImageProcessor
+from imedsam.processing.image_processing_imedsam import IMedSamImageProcessor
 from imedsam.processing.processing_imedsam import IMedSamProcessor
-from imedsam.training.augmentation import STRENGTHS
+from imedsam.training.arguments import parse_args
 from imedsam.training.checkpoints import TrainerState, recover_folder, resume, save_checkpoint, save_model
-from imedsam.training.data import (
-    EpochSampler,
-    Examples,
-    PromptedSegmentationDataset,
-    collate_prompts,
-    load_examples,
-    read_labels,
-    without_empty_masks,
-)
+from imedsam.training.data import EpochSampler, PromptedSegmentationDataset, collate_prompts
 from imedsam.training.evaluation import class_means, evaluate_masks, floor_metrics
+from imedsam.training.examples import Examples, load_examples, read_labels, without_empty_masks
 from imedsam.training.metrics import MetricTable
 from imedsam.training.report import write_report
 
@@ -61,7 +51,7 @@ LAST_COARSE_WEIGHT = 0.1
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, evaluates and writes the model to `--output_dir`. The flags are the command line's unless given."""
-    args = parse_args(argv)
+    args = parse_args(argv, __doc__)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -366,106 +356,6 @@ def flatten(values: dict) -> dict[str, float]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         flat.update({f"{key}/{inner}": number for inner, number in items})
     return flat
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add(
-        "--model_name_or_path", required=True, help="SAM checkpoint to start from, or I-MedSAM checkpoint to train on."
-    )
-    add(
-        "--dataset_name",
-        required=True,
-        help='"phantoms" or "phantoms:KIND", a folder with images/ and masks/, or a `datasets` name.',
-    )
-    add("--output_dir", required=True)
-    add("--labels", help='JSON file {"0": "background", "1": ...} for label maps that come without one.')
-    add(
-        "--num_train_images",
-        type=positive_int,
-        help="Train on the first so many images, all of them by default; how many phantoms to draw, 20 by default.",
-    )
-    add("--num_eval_images", type=positive_int, help="The same for validation and test.")
-    add("--num_classes", type=int, choices=(1, 2), default=1, help="Of phantoms: 1 or 2.")
-    add("--phantom_size", type=positive_int, default=256, help="Side of phantoms in pixels.")
-    add("--image_size", type=positive_int, help="Side of the model's square; 384 by default.")
-    add("--resize_mode", choices=RESIZE_MODES, help='"stretch" by default.')
-    add(
-        "--window",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="Intensities of the images that become 0 and 1, for those that are not of 8 or 16 bits without sign.",
-    )
-    add("--config", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="IMedSamConfig values, as JSON.")
-    add("--num_points", type=positive_int, default=4096, help="Supervised points per prompt.")
-    add("--uniform_share", type=float, default=0.5, help="Share of them from the whole image, not around the box.")
-    add("--point_weighting", choices=("importance", "none"), default="importance")
-    add("--supervision", choices=("points", "dense"), default="points")
-    add("--label_size", type=positive_int, help="Side of the dense labels; the model's square by default.")
-    add("--box_jitter", type=float, default=0.1, help="Largest move of a box's side, as a share of the box.")
-    add("--augmentation", choices=STRENGTHS, default="strong")
-    add("--per_device_train_batch_size", type=positive_int, default=4)
-    add("--per_device_eval_batch_size", type=positive_int, default=4)
-    add("--learning_rate", type=float, default=1e-3, help="Of the fields and the frequency gates.")
-    add("--adapter_learning_rate", type=float, default=5e-5, help="Of the adapters, prompt encoder and upscaling.")
-    add("--encoder_learning_rate", type=float, default=1e-4, help="Of image encoder and mask decoder, if trained.")
-    add("--weight_decay", type=float, default=0.01)
-    add("--num_train_epochs", type=positive_int, default=100)
-    add("--max_train_steps", type=positive_int, help="Takes precedence over the epochs.")
-    add("--gradient_accumulation_steps", type=positive_int, default=1)
-    add("--lr_scheduler_type", type=SchedulerType, choices=list(SchedulerType), default=SchedulerType.COSINE)
-    add("--num_warmup_steps", type=non_negative_int, default=0)
-    add("--max_grad_norm", type=float, default=1.0)
-    add("--coarse_ramp_epochs", type=float, default=5, help="Epochs in which the coarse loss's weight falls to 0.1.")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"))
-    add("--seed", type=non_negative_int, default=0)
-    add("--dataloader_num_workers", type=non_negative_int, default=0)
-    add("--eval_every", type=positive_int, default=1, help="Epochs between validations.")
-    add("--evaluation_size", type=positive_int, default=256, help="Side of the masks compared while training.")
-    add("--do_test", action="store_true", help="Score the test split, once, at the end.")
-    add("--checkpointing_steps", type=_int_or_epoch, default="epoch", help='Number of steps, or "epoch".')
-    add("--resume_from_checkpoint", help='A folder step_N, or "latest" for the newest in --output_dir, if any.')
-    add("--with_tracking", action="store_true")
-    add("--report_to", default="all", help="Tracker, such as tensorboard.")
-    args = parser.parse_args(argv)
-    try:
-        args.config = dict(parse_config(item) for item in args.config)
-        IMedSamConfig(**args.config)
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        parser.error(f"argument --config: {error}")
-    args.lr_scheduler_type = args.lr_scheduler_type.value
-    return args
-
-
-def parse_config(item: str) -> tuple[str, object]:
-    """'lora_rank=8' -> ("lora_rank", 8); what is no JSON is a string."""
-    key, equals, value = item.partition("=")
-    if not equals:
-        raise ValueError(f"Expected KEY=VALUE after --config, got {item!r}.")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
-
-
-def positive_int(value: str) -> int:
-    return _int_from(1, value)
-
-
-def non_negative_int(value: str) -> int:
-    return _int_from(0, value)
-
-
-def _int_from(least, value):
-    if not value.isdecimal() or int(value) < least:
-        raise argparse.ArgumentTypeError(f"Expected a whole number from {least} on, got {value!r}.")
-    return int(value)
-
-
-def _int_or_epoch(value):
-    return value if value == "epoch" else positive_int(value)
 
 
 if __name__ == "__main__":
