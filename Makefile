@@ -3,8 +3,10 @@
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the smaller CPU build of the same version.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 TYPECHECK := build/typecheck
 BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 
@@ -16,23 +18,23 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast style quality bench clean
+.PHONY: help demo test test-fast test-lowest style quality bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@sed -n 's/^\([.a-z][a-z.-]*\):.*  ## /\1  /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "  make %-10s%s\n", name, $$0 }'
 
-.venv: $(INSTALLED)  ## make the virtual environment and install everything the other targets need
+$(VENV): $(INSTALLED)  ## make the virtual environment and install everything the other targets need
 
 # `.installing` is there only while an installation runs or after one that did not finish: then start afresh.
-$(INSTALLED): pyproject.toml setup.py constraints.txt | README.md
+$(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) | README.md
 	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.11 or run make PYTHON=/path/to/python3.11"; exit 1; }
-	@if test -e .venv/.installing || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
-		echo "Making .venv with $(PYTHON)"; $(PYTHON) -m venv --clear .venv; fi
-	@touch .venv/.installing
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	@rm .venv/.installing
+	@if test -e $(VENV)/.installing || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@touch $(VENV)/.installing
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	@rm $(VENV)/.installing
 	@touch $@
 
 demo: $(INSTALLED)  ## train on drawn phantoms and leave a picture, a table and a checkpoint in outputs/demo
@@ -46,6 +48,9 @@ test: test-fast  ## run all tests, the fast ones first
 
 test-fast: $(INSTALLED)  ## run the tests that take a few seconds at most
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+
+test-lowest:  ## run the fast tests with the lowest versions of the dependencies, in .venv-lowest
+	$(MAKE) test-fast VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 style: $(INSTALLED)  ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
@@ -68,4 +73,4 @@ endif
 
 clean:  ## remove what the other targets made, the virtual environment and outputs/ excepted
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

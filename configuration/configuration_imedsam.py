@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import SamConfig
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 # Keys that `PreTrainedConfig` understands without declaring them as fields.
 _INHERITED_KEYS = {
@@ -92,7 +92,7 @@ class IMedSamConfig(PreTrainedConfig):
     """
 
     model_type = "imedsam"
-    sub_configs_defaults = {"sam_config": SamConfig}  # type: ignore[dict-item]  # transformers turns it into a spec
+    sub_configs_defaults = {"sam_config": SubConfigSpec(config_class=SamConfig)}
 
     sam_config: Any = None  # a `SamConfig` once initialised
     lora_rank: int = 4

@@ -83,7 +83,10 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
             pretrained_model_name_or_path: Hub name or folder.
             base_model_name_or_path: where an adapter's SAM is, if not where the adapter says.
         """
-        path, finding = str(pretrained_model_name_or_path), _only_finding(kwargs)
+        path = str(pretrained_model_name_or_path)
+        if os.path.isdir(path):  # where not every release of transformers looks into the subfolder for an adapter
+            path = os.path.join(path, kwargs.pop("subfolder", ""))
+        finding = _only_finding(kwargs)
         if find_adapter_config_file(path, **finding) is None:
             _refuse_sam_checkpoint(path, finding)
             model = super().from_pretrained(path, *args, **kwargs)

@@ -72,6 +72,18 @@ def test_constraints_are_portable():
     assert len([line for line in lines if line.startswith("torch==")]) == 1
 
 
+def test_the_lowest_constraints_are_those_of_the_package():
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    allowed = dict(pyproject(r'^    "([\w-]+)>=([\d.]+)(?:,<\d+)?",')[: len(tested)])
+    assert allowed.keys() == tested.keys() and "transformers" in tested
+    assert all(
+        version == allowed[name] or version == allowed[name] + ".0"
+        for name, version in tested.items()
+        if name != "torch"
+    )
+
+
 @pytest.mark.slow
 def test_wheel_holds_nothing_but_imedsam(tmp_path):
     source = tmp_path / "source"  # setuptools leaves its build folder in the source
