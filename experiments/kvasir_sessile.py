@@ -42,6 +42,7 @@ STARTS = {
 }
 RUNS = {f"{start}-{seed}": (start, seed, "") for start in STARTS for seed in SEEDS}
 RUNS["medical-0-no-prompt-frame"] = ("medical", 0, "--config prompt_frame=false")
+RESULTS = Path(__file__).with_suffix(".json")
 METRICS = {"dice": 100, "iou": 100, "hd": 1, "hd95": 1}
 
 
@@ -68,8 +69,8 @@ def main() -> None:
             )
         if args.test:
             score_test(folder, args.data)
-    finished = [name for name in RUNS if (args.output_dir / name / "metrics.json").exists()]
-    collect(args.output_dir, finished, Path(__file__).with_suffix(".json"))
+        record(name, folder, RESULTS)
+    print_tables(json.loads(RESULTS.read_text())["runs"])
 
 
 def score_test(folder: Path, data: Path) -> None:
@@ -85,24 +86,27 @@ def score_test(folder: Path, data: Path) -> None:
     write_json(folder / "test.json", {name: table.mean() for name, table in tables.items()})
 
 
-def collect(output_dir: Path, runs: list[str], path: Path) -> None:
-    """Gathers the runs' scores into one JSON file and prints means and standard deviations over the seeds."""
-    results = {
+def record(run: str, folder: Path, path: Path) -> None:
+    """Adds a finished run's scores to the JSON file of all of them, where runs of other days and machines stay."""
+    report = json.loads((folder / "metrics.json").read_text())
+    jittered = {"boxes jittered by 3 %": report["validation_jittered"]}
+    result = {
+        "date": date.fromtimestamp((folder / "metrics.json").stat().st_mtime).isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "date": date.today().isoformat(),
-        "runs": {},
+        "validation": {"exact boxes": report["validation"], **jittered, **report["floors"]},
     }
-    for run in runs:
-        report = json.loads((output_dir / run / "metrics.json").read_text())
-        jittered = {"boxes jittered by 3 %": report["validation_jittered"]}
-        result = {"validation": {"exact boxes": report["validation"], **jittered, **report["floors"]}}
-        result |= {key: report[key] for key in ("best_epoch", "seconds", "trainable_parameters", "versions")}
-        test = output_dir / run / "test.json"
-        results["runs"][run] = result | ({"test": json.loads(test.read_text())} if test.exists() else {})
-    write_json(path, results)
+    result |= {key: report[key] for key in ("best_epoch", "seconds", "trainable_parameters", "versions")}
+    if (folder / "test.json").exists():
+        result["test"] = json.loads((folder / "test.json").read_text())
+    runs = json.loads(path.read_text())["runs"] if path.exists() else {}
+    write_json(path, {"runs": {name: result if name == run else runs[name] for name in RUNS if name in {*runs, run}}})
+
+
+def print_tables(runs: dict[str, dict]) -> None:
+    """Means and standard deviations over the seeds."""
     for split in ("validation", "test"):
         rows: dict[str, list[dict]] = {}
-        for run, result in results["runs"].items():
+        for run, result in runs.items():
             start, _, variant = run.partition("-")
             for row, metrics in result.get(split, {}).items():
                 if row in ("filled box", "inscribed ellipse"):

@@ -82,15 +82,18 @@ class MaskField(ABC):
         values = self.values(coordinates)
         return values.logits, values.uncertainty
 
-    def render(self, output_size: Sequence[int], region: Tensor | None = None) -> RenderedMasks:
+    def render(
+        self, output_size: Sequence[int], region: Tensor | None = None, mode: str | None = None
+    ) -> RenderedMasks:
         """
-        Evaluates the field at the pixel centres of a grid, tile by tile, without gradients.
+        Evaluates the field on a grid of pixel centres, see [`~imedsam.rendering.render`].
 
         Args:
             output_size: (height, width).
             region: (4,) or (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] to render; the whole square by default.
+            mode: "exact", or "adaptive" (the default where it is possible): only near the boundaries.
         """
-        return render(self, output_size, region)
+        return render(self, output_size, region, mode)
 
 
 class ImplicitMaskField(MaskField):

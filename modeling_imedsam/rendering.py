@@ -1,19 +1,29 @@
-"""Field -> mask at any size: the field is evaluated at pixel centres, in tiles that bound the memory."""
+"""
+Field -> mask at any size: the field is evaluated at pixel centres, in tiles that bound the memory; at all of them, or
+only where a coarser lattice leaves the mask undecided.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from imedsam.mask_field import FieldValues, MaskField
+    from imedsam.mask_field import MaskField
 
-# Points times prompts that are evaluated at once.
-TILE_POINTS = 16384
+RENDER_MODES = ("exact", "adaptive")
+# Points times prompts that are evaluated at once: few enough for their hidden vectors to stay in a processor's cache.
+TILE_POINTS = 4096
+# The first lattice of adaptive rendering has at least so many cells along the grid's longer side.
+FIRST_CELLS = 48
+# A cell is decided if its corners have one sign and the smallest logit is larger than so many times their range.
+MARGIN = 1.0
 
 
 @dataclass
@@ -25,11 +35,13 @@ class RenderedMasks:
         logits: foreground where positive.
         coarse_logits: the coarse field's alone.
         uncertainty: variance of the probability.
+        num_points: points at which the field was evaluated, of all images and prompts.
     """
 
     logits: Tensor
     coarse_logits: Tensor
     uncertainty: Tensor
+    num_points: int
 
     @property
     def scores(self) -> Tensor:
@@ -43,7 +55,9 @@ class RenderedMasks:
 
 
 @torch.no_grad()
-def render(field: MaskField, output_size: Sequence[int], region: Tensor | None = None) -> RenderedMasks:
+def render(
+    field: MaskField, output_size: Sequence[int], region: Tensor | None = None, mode: str | None = None
+) -> RenderedMasks:
     """
     Evaluates a field at the pixel centres of a grid. Without gradients, which would keep every tile in memory: to
     train, take the field's values at points.
@@ -51,7 +65,20 @@ def render(field: MaskField, output_size: Sequence[int], region: Tensor | None =
     Args:
         output_size: (height, width).
         region: (4,) or (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] to render; the whole square by default.
+        mode: "exact": every pixel. "adaptive": every 2^k-th pixel first, then the pixels near a boundary; all other
+            values are interpolated. A structure that holds a disk of 1.5 * 2^k pixels across is never missed, 2^k
+            being at most 1 / 48 of the grid's longer side (or 1). Adaptive by default, but exact for a field that
+            ranks the grid's pixels (`selection="top_k"`).
     """
+    if mode is None:
+        mode = "exact" if field.selects_on_the_grid else "adaptive"
+    if mode not in RENDER_MODES:
+        raise ValueError(f"Expected mode to be one of {', '.join(RENDER_MODES)}, got {mode!r}.")
+    if mode == "adaptive" and field.selects_on_the_grid:
+        raise ValueError(
+            'Expected mode="exact" with selection="top_k", which ranks all pixels of the grid, got "adaptive": use '
+            'it, or selection="threshold" in the configuration.'
+        )
     if not isinstance(output_size, Sequence) or len(output_size) != 2 or min(output_size) < 1:
         raise ValueError(f"Expected output_size as (height, width), both at least 1, got {output_size}.")
     height, width = int(output_size[0]), int(output_size[1])
@@ -61,22 +88,139 @@ def render(field: MaskField, output_size: Sequence[int], region: Tensor | None =
             "Expected region as x0, y0, x1, y1 in [-1, 1] with x0 < x1 and y0 < y1, (4,) or (B, 4), got "
             f"{region.tolist()}."
         )
-    coordinates = pixel_centres((height, width), region.expand(field.batch_size, 4).to(field.device))[:, None]
+    region = region.expand(field.batch_size, 4).to(field.device)
+    evaluate = _evaluate_near_boundaries if mode == "adaptive" else _evaluate_everywhere
+    return evaluate(field, (height, width), region)
+
+
+def _evaluate_everywhere(field: MaskField, size: tuple[int, int], region: Tensor) -> RenderedMasks:
+    coordinates = pixel_centres(size, region)[:, None]
     if field.selects_on_the_grid:
-        uncertainty = torch.cat([values.uncertainty for values in _tiles(field, coordinates)], dim=-1)
-        field = field.selecting_from(uncertainty)
-    tiles = list(_tiles(field, coordinates))
-    return RenderedMasks(
-        *(
-            torch.cat([getattr(tile, name) for tile in tiles], dim=-1).unflatten(-1, (height, width))
-            for name in ("logits", "coarse_logits", "uncertainty")
-        )
-    )
+        field = field.selecting_from(_evaluate(field, coordinates)[2])
+    values = _evaluate(field, coordinates).unflatten(-1, size)
+    return RenderedMasks(*values, num_points=values[0, :, :, 0].numel())
 
 
-def _tiles(field: MaskField, coordinates: Tensor) -> Iterator[FieldValues]:
-    for tile in coordinates.split(max(1, TILE_POINTS // (field.batch_size * field.num_prompts)), dim=2):
-        yield field.values(tile)
+def _evaluate_near_boundaries(field: MaskField, size: tuple[int, int], region: Tensor) -> RenderedMasks:
+    stride = 1
+    while max(size) >= 2 * stride * FIRST_CELLS:
+        stride *= 2
+    if stride == 1:
+        return _evaluate_everywhere(field, size, region)
+    lattice = _Lattice(field, size, region, stride)
+    while lattice.stride > 1:
+        lattice.split()
+    values = lattice.values[..., : size[0], : size[1]].transpose(1, 2)
+    return RenderedMasks(*values.unflatten(1, (field.batch_size, field.num_prompts)), num_points=lattice.num_points)
+
+
+class _Lattice:
+    """
+    The values of a field at every `stride`-th pixel centre of a grid. Four neighbours are the corners of a cell.
+
+    Points and cells are numbered through all images and prompts: number = (row * height + i) * width + j. A cell has
+    the number of its first corner.
+
+    Args:
+        size: (height, width) of the grid.
+        region: (B, 4), the rectangles that it covers.
+    """
+
+    def __init__(self, field: MaskField, size: tuple[int, int], region: Tensor, stride: int):
+        self.field, self.size, self.stride = field, size, stride
+        self.region = region.repeat_interleave(field.num_prompts, dim=0)  # (R, 4)
+        self.num_points = 0
+        points = torch.arange(math.prod(self.shape), device=field.device)
+        self.values = self._evaluate(points).unflatten(-1, self.shape)  # (3, M, R, h, w)
+        self.known = torch.ones(self.shape, dtype=torch.bool, device=field.device)  # which ones are not interpolated
+        rows, i, j = self._unravel(points)
+        cells = points[(i < self.shape[1] - 1) & (j < self.shape[2] - 1)]
+        self.undecided = cells[self._are_undecided(cells)]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows (images times prompts), height and width; the last points may lie beyond the grid."""
+        height, width = (-(-length // self.stride) + 1 for length in self.size)
+        return len(self.region), height, width
+
+    def split(self) -> None:
+        """Halves the stride: interpolates between the points, then refines what was undecided."""
+        rows, i, j = self._unravel(self.undecided)
+        self.stride //= 2
+        _, height, width = self.shape
+        finer = [2 * length - 1 for length in self.values.shape[-2:]]
+        values = F.interpolate(self.values.flatten(0, 1), finer, mode="bilinear", align_corners=True)
+        self.values = values[..., :height, :width].unflatten(0, (3, -1)).contiguous()
+        known = self.known.new_zeros(self.shape)
+        known[:, ::2, ::2] = self.known[:, : -(-height // 2), : -(-width // 2)]
+        self.known = known
+        self.undecided = self._refine(self._cells_around(rows, 2 * i, 2 * j, (0, 1)))
+
+    def _refine(self, cells: Tensor) -> Tensor:
+        """
+        Evaluates the corners of some cells, then those of the neighbours of the undecided ones among them, and so on
+        along the boundary. Returns the undecided cells.
+        """
+        examined, undecided = torch.zeros_like(self.known), []
+        while len(cells):
+            examined.view(-1)[cells] = True
+            points = self._corners(cells).flatten()
+            points = points[~self.known.view(-1)[points]].unique()
+            self.known.view(-1)[points] = True
+            self.values.flatten(2)[..., points] = self._evaluate(points)
+            cells = cells[self._are_undecided(cells)]
+            undecided.append(cells)
+            cells = self._cells_around(*self._unravel(cells), (-1, 0, 1))
+            cells = cells[~examined.view(-1)[cells]]
+        return torch.cat(undecided) if undecided else cells
+
+    def _are_undecided(self, cells: Tensor) -> Tensor:
+        """Whether the boundary of a mask passes through each cell, or may."""
+        logits = self.values[0].flatten(1)[:, self._corners(cells)]  # (M, K, 4)
+        low, high = logits.aminmax(dim=-1)
+        crossed = (low <= 0) & (high > 0)
+        close = torch.minimum(low.abs(), high.abs()) < MARGIN * (high - low)
+        return (crossed | close).any(dim=0)
+
+    def _evaluate(self, points: Tensor) -> Tensor:
+        """The field at K points, in ascending order: (3, M, K)."""
+        rows, i, j = self._unravel(points)
+        x0, y0, x1, y1 = self.region[rows].unbind(dim=-1)
+        x = x0 + (x1 - x0) * (j * self.stride + 0.5) / self.size[1]
+        y = y0 + (y1 - y0) * (i * self.stride + 0.5) / self.size[0]
+        # Rows of different numbers of points are padded.
+        counts = rows.bincount(minlength=len(self.region))
+        slots = torch.arange(len(points), device=points.device) - (counts.cumsum(0) - counts)[rows]
+        coordinates = x.new_zeros(len(counts), int(counts.max()), 2)
+        coordinates[rows, slots] = torch.stack([x, y], dim=-1)
+        self.num_points += len(points)
+        values = _evaluate(self.field, coordinates.unflatten(0, (self.field.batch_size, -1)))
+        return values.flatten(1, 2)[:, rows, :, slots].permute(1, 2, 0)
+
+    def _corners(self, cells: Tensor) -> Tensor:
+        """(K,) -> (K, 4)."""
+        width = self.shape[2]
+        return cells[:, None] + torch.tensor([0, 1, width, width + 1], device=cells.device)
+
+    def _cells_around(self, rows: Tensor, i: Tensor, j: Tensor, offsets: tuple[int, ...]) -> Tensor:
+        """The cells whose indices differ from given ones by `offsets` along each axis, each once."""
+        _, height, width = self.shape
+        shifts = torch.tensor(offsets, device=rows.device)
+        i, j = torch.broadcast_tensors(i[:, None, None] + shifts[:, None], j[:, None, None] + shifts)
+        exists = (i >= 0) & (i < height - 1) & (j >= 0) & (j < width - 1)
+        return ((rows[:, None, None] * height + i) * width + j)[exists].unique()
+
+    def _unravel(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, i and j."""
+        _, height, width = self.shape
+        return numbers // (height * width), numbers // width % height, numbers % width
+
+
+def _evaluate(field: MaskField, coordinates: Tensor) -> Tensor:
+    """Logits, coarse logits and uncertainty at (B, P, N, 2), tile by tile: (3, B, P, M, N)."""
+    tiles = coordinates.split(max(1, TILE_POINTS // (field.batch_size * field.num_prompts)), dim=2)
+    values = [field.values(tile) for tile in tiles]
+    return torch.cat([torch.stack([v.logits, v.coarse_logits, v.uncertainty]) for v in values], dim=-1)
 
 
 def pixel_centres(size: Sequence[int], region: Tensor) -> Tensor:

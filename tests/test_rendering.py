@@ -1,12 +1,14 @@
 """Fields on grids: where the pixel centres are, tiles, regions, scores."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 import imedsam.rendering
 from imedsam.mask_field import FieldValues, InterpolatedMaskField, MaskField
-from imedsam.rendering import RenderedMasks, pixel_centres, render
+from imedsam.rendering import RENDER_MODES, RenderedMasks, pixel_centres, render
 
 SQUARE = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])
 
@@ -71,6 +73,106 @@ def test_render_a_region():
     assert_close(field.render([4, 2], [-0.5, 0.0, 0.0, 1.0]).logits, region)
 
 
+# Adaptive rendering
+
+
+class Shapes(MaskField):
+    """
+    2 images, 2 prompts, 2 classes. The logit is 20 times the signed distance to a few disks that get smaller from
+    prompt to prompt; where x > 0.35, there is a jump.
+    """
+
+    def __init__(self, radius=0.4, jump=0.0):
+        super().__init__(2, 2, torch.device("cpu"))
+        self.radius, self.jump = radius, jump
+        self.centres = torch.tensor([[[-0.3, 0.1], [0.55, 0.6]], [[0.2, -0.35], [-0.5, 0.5]]])  # class, disk
+
+    def values(self, coordinates, point_areas=None):
+        points = coordinates.expand(-1, 2, -1, -1)[:, :, None]  # (B, P, 1, N, 2)
+        shrink = torch.tensor([[1.0, 0.6], [0.8, 0.4]])[:, :, None, None]
+        radii = self.radius * torch.tensor([1.0, 0.3])
+        distances = [radii[d] * shrink - (points - self.centres[:, d, None]).norm(dim=-1) for d in range(len(radii))]
+        logits = 20 * torch.maximum(*distances)
+        merged = torch.where(points[..., 0] > 0.35, logits + self.jump, logits)
+        return FieldValues(merged, logits, torch.exp(-logits.abs()))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (97, 96), (192, 193), (384, 384), (120, 500)])
+@pytest.mark.parametrize("jump", [0.0, -3.0])
+@pytest.mark.parametrize("region", [None, [[-0.9, -0.5, 0.7, 1.0], [0.0, 0.0, 1.0, 1.0]]])
+def test_adaptive_masks_are_the_exact_ones(size, jump, region):
+    field = Shapes(jump=jump)
+    region = None if region is None else torch.tensor(region)
+    exact, adaptive = (render(field, size, region, mode) for mode in RENDER_MODES)
+    assert adaptive.logits.shape == exact.logits.shape == (2, 2, 2, *size)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+    assert exact.num_points == 4 * size[0] * size[1]
+    if min(size) > 96:
+        assert adaptive.num_points < 0.4 * exact.num_points
+        # What lies beside the boundary is not interpolated.
+        inside = (exact.logits > 0).flatten(0, 2).float()
+        edge = torch.nn.functional.max_pool2d(inside, 3, 1, 1) != -torch.nn.functional.max_pool2d(-inside, 3, 1, 1)
+        for name in ("logits", "coarse_logits", "uncertainty"):
+            got, expected = (getattr(masks, name).flatten(0, 2)[edge] for masks in (adaptive, exact))
+            assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_share_of_points_falls_with_the_size():
+    """The work follows the boundary's length: doubling the size about doubles the points."""
+    points = [render(Shapes(), (size, size), mode="adaptive").num_points for size in (384, 768, 1536)]
+    assert points[1] < 2.2 * points[0] and points[2] < 2.2 * points[1]
+    assert points[2] < 0.03 * 4 * 1536**2
+
+
+def test_a_thin_line_that_is_found_once_is_followed():
+    """Most of a diagonal line a pixel wide falls between the points of the first lattice."""
+
+    class Line(MaskField):
+        def __init__(self):
+            super().__init__(1, 1, torch.device("cpu"))
+
+        def values(self, coordinates, point_areas=None):
+            x, y = coordinates.unbind(dim=-1)
+            logits = (4 - 1000 * (x - 0.6 * y - 0.031).abs())[:, :, None]
+            return FieldValues(logits, logits, logits)
+
+    exact, adaptive = (render(Line(), (384, 384), mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0) and (exact.logits > 0).any(dim=-1).all()
+    assert adaptive.num_points < 0.1 * exact.num_points
+
+
+@pytest.mark.parametrize("size", [96, 128, 384, 500])
+def test_the_smallest_structure_that_is_always_found(size):
+    """A disk of 1.5 * 2^k pixels, wherever it lies."""
+    stride = 2 ** int(math.log2(max(1, size / imedsam.rendering.FIRST_CELLS)))
+    rng = torch.Generator().manual_seed(size)
+
+    class Disk(MaskField):
+        def __init__(self):
+            super().__init__(1, 40, torch.device("cpu"))
+            self.radius = 1.5 * stride / size
+            self.centre = (torch.rand(40, 2, generator=rng) * 2 - 1) * (1 - self.radius)
+
+        def values(self, coordinates, point_areas=None):
+            distance = (coordinates - self.centre[:, None]).norm(dim=-1)
+            logits = torch.where(distance < self.radius, 5.0, -5.0)[:, :, None]
+            return FieldValues(logits, logits, logits)
+
+    field = Disk()
+    exact, adaptive = (render(field, (size, size), mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+    assert (exact.logits > 0).flatten(2).any(dim=-1).all()
+
+
+def test_refused_modes():
+    with pytest.raises(ValueError, match="Expected mode to be one of exact, adaptive, got 'fast'"):
+        render(Plane(), (4, 4), mode="fast")
+    field = Plane()
+    field.selects_on_the_grid = True
+    with pytest.raises(ValueError, match='mode="exact" with selection="top_k"'):
+        render(field, (4, 4), mode="adaptive")
+
+
 @pytest.mark.parametrize("size", [(4,), (0, 4), (4, -1), (4, 4, 4)])
 def test_refused_sizes(size):
     with pytest.raises(ValueError, match=r"Expected output_size as \(height, width\), both at least 1, got"):
@@ -93,14 +195,14 @@ def test_refused_coordinates():
 def test_scores_by_hand():
     probabilities = torch.tensor([[0.9, 0.6], [0.3, 0.2]])
     logits = probabilities.logit().expand(1, 1, 1, 2, 2).contiguous()
-    score = RenderedMasks(logits, logits, logits).scores
+    score = RenderedMasks(logits, logits, logits, 4).scores
     assert score.shape == (1, 1, 1)
     assert score.item() == pytest.approx(2 * 1.5 / (2.0 + 2))
     certain = torch.full((1, 1, 1, 2, 2), 200.0)
-    assert RenderedMasks(certain, certain, certain).scores.item() == pytest.approx(1.0)
-    assert RenderedMasks(-certain, certain, certain).scores.item() == pytest.approx(1.0)  # nothing, surely
+    assert RenderedMasks(certain, certain, certain, 4).scores.item() == pytest.approx(1.0)
+    assert RenderedMasks(-certain, certain, certain, 4).scores.item() == pytest.approx(1.0)  # nothing, surely
     unsure = torch.full((1, 1, 1, 2, 2), -0.1)
-    assert RenderedMasks(unsure, unsure, unsure).scores.item() == 0.0  # empty, though half is expected
+    assert RenderedMasks(unsure, unsure, unsure, 4).scores.item() == 0.0  # empty, though half is expected
 
 
 @pytest.mark.parametrize("size", [(7, 7), (16, 16), (50, 30)])
@@ -116,6 +218,6 @@ def test_an_interpolated_field_is_bilinear_interpolation(size):
 def test_an_interpolated_field_in_half_precision_knows_where_it_is():
     """Coordinates in bfloat16 would be off by up to half a pixel of 256."""
     ramp = (torch.arange(256.0) / 256).expand(1, 1, 1, 256, 256)
-    masks = InterpolatedMaskField(ramp.bfloat16()).render((256, 256))
+    masks = InterpolatedMaskField(ramp.bfloat16()).render((256, 256), mode="exact")
     assert masks.logits.dtype == torch.float32
     assert_close(masks.logits, ramp.bfloat16().float(), atol=1e-4, rtol=0)
