@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,6 +55,10 @@ class MaskField(ABC):
 
     # Whether the points to refine are the most uncertain ones of a rendered grid (the paper's rule).
     selects_on_the_grid: bool = False
+    # Whether values are a training step's: one dropout pass, and of the points asked for a share refined.
+    training: bool = False
+    # (B P, 4), centre and half size of where each prompt's object is, if that is known.
+    frame: Tensor | None = None
 
     def __init__(self, batch_size: int, num_prompts: int, device: torch.device):
         self.batch_size, self.num_prompts, self.device = batch_size, num_prompts, device
@@ -66,6 +71,12 @@ class MaskField(ABC):
                 model's square.
             point_areas: (B, P, N), only while training: areas that the points stand for, equal by default.
         """
+
+    def eval(self) -> "MaskField":
+        """This field as it is after training."""
+        field = copy(self)
+        field.training = False
+        return field
 
     def selecting_from(self, uncertainty: Tensor) -> "MaskField":
         """This field, refined at the most uncertain ones of a grid's points, (B, P, M, N)."""
@@ -125,6 +136,7 @@ class ImplicitMaskField(MaskField):
         self.decoder, self.config = decoder, config
         self.features, self.prompt, self.frame, self.classes = features, prompt, frame, classes
         self.selects_on_the_grid = config.selection == "top_k" and decoder.fine is not None
+        self.training = decoder.training
 
     @cached_property
     @torch.no_grad()
@@ -140,9 +152,7 @@ class ImplicitMaskField(MaskField):
         return selection_threshold(uncertainty, self.config.selection_share)
 
     def selecting_from(self, uncertainty: Tensor) -> "ImplicitMaskField":
-        field = ImplicitMaskField(
-            self.decoder, self.config, self.features, self.prompt, self.frame, self.classes, self.lattice_region
-        )
+        field = copy(self)
         field.threshold = selection_threshold(uncertainty.flatten(0, 1), self.config.selection_share)
         return field
 
@@ -151,7 +161,7 @@ class ImplicitMaskField(MaskField):
         encoded, hidden, coarse, uncertainty = self._coarse(points)
         logits = coarse
         if (fine := self.decoder.fine) is not None:
-            if self.decoder.training:
+            if self.training:
                 areas = None if point_areas is None else point_areas.flatten(0, 1)[:, None]
                 threshold = selection_threshold(uncertainty, self.config.selection_share, areas)
             else:
@@ -172,7 +182,7 @@ class ImplicitMaskField(MaskField):
         weight, bias = head.weight[:, 0][classes], head.bias[:, 0][classes]
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             uncertainty = self._uncertainty(hidden.detach().float(), weight.float(), bias.float())
-        hidden = F.dropout(hidden, self.config.dropout, self.decoder.training)
+        hidden = F.dropout(hidden, self.config.dropout, self.training)
         logits = weight @ hidden.transpose(1, 2) + bias[..., None]
         return encoded, hidden, logits.float(), uncertainty
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from imedsam.contours import Contour, find_contours
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 
@@ -24,12 +25,15 @@ class Segmentation:
         logits: (P, M, H, W), float32; a mask is where its logits are positive.
         uncertainty: (P, M, H, W), float32, variance of the probability, at most 0.25.
         scores: (P, M), float32, the Dice that each mask is expected to have by its own probabilities.
+        contours: for each prompt and mask its components, the largest first, in the image's pixels whatever the grid;
+            None unless asked for.
     """
 
     masks: np.ndarray
     logits: np.ndarray
     uncertainty: np.ndarray
     scores: np.ndarray
+    contours: list[list[list[Contour]]] | None = None
 
 
 class IMedSamPipeline:
@@ -101,6 +105,7 @@ class IMedSamPipeline:
         input_masks: Any = None,
         class_labels: Any = None,
         output_size: Sequence[int] | None = None,
+        contours: bool = False,
     ) -> Segmentation:
         """
         Args:
@@ -110,6 +115,7 @@ class IMedSamPipeline:
             input_masks: per prompt a mask of the image's size.
             class_labels: per prompt the index of its class; all classes by default.
             output_size: (height, width) of the masks over the whole image; the image's own by default.
+            contours: whether to find the masks' outlines too.
         """
         image = self._require_image()
         prompts = self.processor.process_prompts(
@@ -127,11 +133,15 @@ class IMedSamPipeline:
             image["image_embeddings"], **prompts, reshaped_input_sizes=image["reshaped_input_sizes"]
         )
         region = self.processor.get_image_regions(image["original_sizes"], image["reshaped_input_sizes"])
-        rendered = field.render(output_size or image["original_sizes"][0].tolist(), region)
+        height, width = image["original_sizes"][0].tolist()
+        rendered = field.render(output_size or (height, width), region)
+        outlines = None
+        if contours:
+            grid = rendered.logits.shape[-2:]
+            (outlines,) = find_contours(field, grid, region, (width / grid[1], height / grid[0]), rendered)
         logits = rendered.logits[0].cpu().numpy()
-        return Segmentation(
-            logits > 0, logits, rendered.uncertainty[0].cpu().numpy(), rendered.scores[0].cpu().numpy()
-        )
+        uncertainty, scores = rendered.uncertainty[0].cpu().numpy(), rendered.scores[0].cpu().numpy()
+        return Segmentation(logits > 0, logits, uncertainty, scores, outlines)
 
     def add_box(self, box: Sequence[float]) -> Segmentation:
         """Prompts the object with a box (x0, y0, x1, y1), instead of an earlier box."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +25,10 @@ TILE_POINTS = 4096
 FIRST_CELLS = 48
 # A cell is decided if its corners have one sign and the smallest logit is larger than so many times their range.
 MARGIN = 1.0
+# ... and if the variance of the probability, at most 0.25, differs by less than this between them.
+UNCERTAINTY_TOLERANCE = 0.05
+# The cells in a prompt's frame are split until so many lie along its shorter side.
+FRAME_CELLS = 16
 
 
 @dataclass
@@ -67,8 +72,9 @@ def render(
         region: (4,) or (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] to render; the whole square by default.
         mode: "exact": every pixel. "adaptive": every 2^k-th pixel first, then the pixels near a boundary; all other
             values are interpolated. A structure that holds a disk of 1.5 * 2^k pixels across is never missed, 2^k
-            being at most 1 / 48 of the grid's longer side (or 1). Adaptive by default, but exact for a field that
-            ranks the grid's pixels (`selection="top_k"`).
+            being at most 1 / 48 of the grid's longer side and, within the frame of the prompt, 1 / 16 of its shorter
+            side (or 1). Adaptive by default, but exact for a field that ranks the grid's pixels
+            (`selection="top_k"`).
     """
     if mode is None:
         mode = "exact" if field.selects_on_the_grid else "adaptive"
@@ -79,16 +85,16 @@ def render(
             'Expected mode="exact" with selection="top_k", which ranks all pixels of the grid, got "adaptive": use '
             'it, or selection="threshold" in the configuration.'
         )
-    if not isinstance(output_size, Sequence) or len(output_size) != 2 or min(output_size) < 1:
-        raise ValueError(f"Expected output_size as (height, width), both at least 1, got {output_size}.")
-    height, width = int(output_size[0]), int(output_size[1])
+    height, width = _check_size(output_size)
     region = torch.tensor([-1.0, -1.0, 1.0, 1.0]) if region is None else torch.as_tensor(region, dtype=torch.float32)
-    if region.shape[-1:] != (4,) or region.ndim > 2 or bool((region[..., 2:] <= region[..., :2]).any()):
+    if tuple(region.shape) not in ((4,), (1, 4), (field.batch_size, 4)) or bool(
+        (region[..., 2:] <= region[..., :2]).any()
+    ):
         raise ValueError(
-            "Expected region as x0, y0, x1, y1 in [-1, 1] with x0 < x1 and y0 < y1, (4,) or (B, 4), got "
-            f"{region.tolist()}."
+            "Expected region as x0, y0, x1, y1 in [-1, 1] with x0 < x1 and y0 < y1, (4,) or (B, 4) with B = "
+            f"{field.batch_size}, got {region.tolist()}."
         )
-    region = region.expand(field.batch_size, 4).to(field.device)
+    region, field = region.expand(field.batch_size, 4).to(field.device), field.eval()
     evaluate = _evaluate_near_boundaries if mode == "adaptive" else _evaluate_everywhere
     return evaluate(field, (height, width), region)
 
@@ -98,7 +104,8 @@ def _evaluate_everywhere(field: MaskField, size: tuple[int, int], region: Tensor
     if field.selects_on_the_grid:
         field = field.selecting_from(_evaluate(field, coordinates)[2])
     values = _evaluate(field, coordinates).unflatten(-1, size)
-    return RenderedMasks(*values, num_points=values[0, :, :, 0].numel())
+    # Copies, so that who keeps one of them does not keep all.
+    return RenderedMasks(*(v.clone() for v in values), num_points=values[0, :, :, 0].numel())
 
 
 def _evaluate_near_boundaries(field: MaskField, size: tuple[int, int], region: Tensor) -> RenderedMasks:
@@ -111,7 +118,15 @@ def _evaluate_near_boundaries(field: MaskField, size: tuple[int, int], region: T
     while lattice.stride > 1:
         lattice.split()
     values = lattice.values[..., : size[0], : size[1]].transpose(1, 2)
-    return RenderedMasks(*values.unflatten(1, (field.batch_size, field.num_prompts)), num_points=lattice.num_points)
+    values = values.unflatten(1, (field.batch_size, field.num_prompts))
+    return RenderedMasks(*(v.contiguous() for v in values), num_points=lattice.num_points)
+
+
+def _check_size(output_size: Sequence[int]) -> tuple[int, int]:
+    sides = np.asarray(output_size)
+    if sides.shape != (2,) or not np.issubdtype(sides.dtype, np.integer) or (sides < 1).any():
+        raise ValueError(f"Expected output_size as (height, width), both at least 1, got {output_size}.")
+    return int(sides[0]), int(sides[1])
 
 
 class _Lattice:
@@ -135,7 +150,7 @@ class _Lattice:
         self.known = torch.ones(self.shape, dtype=torch.bool, device=field.device)  # which ones are not interpolated
         rows, i, j = self._unravel(points)
         cells = points[(i < self.shape[1] - 1) & (j < self.shape[2] - 1)]
-        self.undecided = cells[self._are_undecided(cells)]
+        self.undecided = cells[self._are_undecided(cells) | self._are_too_large(cells)]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -168,19 +183,34 @@ class _Lattice:
             points = points[~self.known.view(-1)[points]].unique()
             self.known.view(-1)[points] = True
             self.values.flatten(2)[..., points] = self._evaluate(points)
+            undecided.append(cells[self._are_too_large(cells)])
             cells = cells[self._are_undecided(cells)]
             undecided.append(cells)
             cells = self._cells_around(*self._unravel(cells), (-1, 0, 1))
             cells = cells[~examined.view(-1)[cells]]
-        return torch.cat(undecided) if undecided else cells
+        return torch.cat(undecided).unique() if undecided else cells
 
     def _are_undecided(self, cells: Tensor) -> Tensor:
-        """Whether the boundary of a mask passes through each cell, or may."""
-        logits = self.values[0].flatten(1)[:, self._corners(cells)]  # (M, K, 4)
+        """Whether the boundary of a mask passes through each cell, or may, or the uncertainty changes much."""
+        logits, coarse, uncertainty = self.values.flatten(2)[..., self._corners(cells)]  # (M, K, 4)
         low, high = logits.aminmax(dim=-1)
-        crossed = (low <= 0) & (high > 0)
         close = torch.minimum(low.abs(), high.abs()) < MARGIN * (high - low)
-        return (crossed | close).any(dim=0)
+        crossed = ((low <= 0) & (high > 0)) | ((coarse.amin(dim=-1) <= 0) & (coarse.amax(dim=-1) > 0))
+        steep = uncertainty.amax(dim=-1) - uncertainty.amin(dim=-1) > UNCERTAINTY_TOLERANCE
+        return (crossed | close | steep).any(dim=0)
+
+    def _are_too_large(self, cells: Tensor) -> Tensor:
+        """Whether each cell meets the frame of its prompt, and the frame is small for it."""
+        if self.field.frame is None:
+            return torch.zeros_like(cells, dtype=torch.bool)
+        rows, i, j = self._unravel(cells)
+        centre, half_size = self.field.frame.split(2, dim=-1)
+        pixels = self.region.new_tensor(self.size[::-1]) / (self.region[:, 2:] - self.region[:, :2])
+        low, high = ((edge - self.region[:, :2]) * pixels for edge in (centre - half_size, centre + half_size))
+        small = self.stride * FRAME_CELLS > (high - low).amin(dim=-1)
+        first = torch.stack([j, i], dim=-1) * self.stride + 0.5
+        meets = (first < high[rows]) & (first + self.stride > low[rows])
+        return small[rows] & meets.all(dim=-1)
 
     def _evaluate(self, points: Tensor) -> Tensor:
         """The field at K points, in ascending order: (3, M, K)."""
@@ -188,14 +218,8 @@ class _Lattice:
         x0, y0, x1, y1 = self.region[rows].unbind(dim=-1)
         x = x0 + (x1 - x0) * (j * self.stride + 0.5) / self.size[1]
         y = y0 + (y1 - y0) * (i * self.stride + 0.5) / self.size[0]
-        # Rows of different numbers of points are padded.
-        counts = rows.bincount(minlength=len(self.region))
-        slots = torch.arange(len(points), device=points.device) - (counts.cumsum(0) - counts)[rows]
-        coordinates = x.new_zeros(len(counts), int(counts.max()), 2)
-        coordinates[rows, slots] = torch.stack([x, y], dim=-1)
         self.num_points += len(points)
-        values = _evaluate(self.field, coordinates.unflatten(0, (self.field.batch_size, -1)))
-        return values.flatten(1, 2)[:, rows, :, slots].permute(1, 2, 0)
+        return evaluate_points(self.field, rows, torch.stack([x, y], dim=-1))
 
     def _corners(self, cells: Tensor) -> Tensor:
         """(K,) -> (K, 4)."""
@@ -214,6 +238,25 @@ class _Lattice:
         """Row, i and j."""
         _, height, width = self.shape
         return numbers // (height * width), numbers // width % height, numbers % width
+
+
+def evaluate_points(field: MaskField, rows: Tensor, coordinates: Tensor) -> Tensor:
+    """
+    A field at points of different numbers per prompt.
+
+    Args:
+        rows: (K,), ascending, image * P + prompt of each point.
+        coordinates: (K, 2), (x, y) in [-1, 1].
+
+    Returns:
+        Logits, coarse logits and uncertainty, (3, M, K).
+    """
+    counts = rows.bincount(minlength=field.batch_size * field.num_prompts)
+    slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    padded = coordinates.new_zeros(len(counts), int(counts.max()), 2)
+    padded[rows, slots] = coordinates
+    values = _evaluate(field, padded.unflatten(0, (field.batch_size, field.num_prompts)))
+    return values.flatten(1, 2)[:, rows, :, slots].permute(1, 2, 0)
 
 
 def _evaluate(field: MaskField, coordinates: Tensor) -> Tensor:

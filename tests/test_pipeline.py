@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from imedsam import IMedSamImageProcessor, IMedSamModel, IMedSamPipeline, IMedSamProcessor
 from imedsam.training.cli import app
-from imedsam.training.pictures import displayable, outline, overlay, uncertainty_picture
+from imedsam.training.pictures import displayable, draw_curves, outline, overlay, uncertainty_picture
 from imedsam.training.predict import read_image
 
 BOX = [10.0, 8.0, 60.0, 40.0]
@@ -134,6 +134,38 @@ def test_predict_on_a_folder_at_another_size(folder, image, tmp_path):
     assert read_image(tmp_path / "out" / "a_mask_2.png").size == (40, 25)
     assert read_image(tmp_path / "out" / "b_mask.png").size == (40, 25)
     assert not (tmp_path / "out" / "b_mask_2.png").exists()
+
+
+def test_predict_writes_outlines_in_the_images_pixels(folder, image, tmp_path, pipeline):
+    """Whatever the size of the masks."""
+    image.save(tmp_path / "a.png")
+    arguments = ["--model", folder, "--image", tmp_path / "a.png", "--box", *BOX, "-o", tmp_path / "out"]
+    size = (2 * image.height, 2 * image.width)
+    result = run(*arguments, "--size", *size, "--contours", tmp_path / "new" / "a.geojson")
+    assert result.exit_code == 0, result.output
+    (feature,) = json.loads((tmp_path / "new" / "a.geojson").read_text())["features"]
+    assert feature["properties"]["image"] == "a.png" and feature["properties"]["box"] == BOX
+    pipeline.set_image(image)
+    ((contours,),) = pipeline.predict(input_boxes=[[BOX]], output_size=size, contours=True).contours
+    assert len(feature["geometry"]["coordinates"]) == len(contours) > 0
+    for polygon, contour in zip(feature["geometry"]["coordinates"], contours, strict=True):
+        for ring, curve in zip(polygon, [contour.exterior, *contour.holes], strict=True):
+            np.testing.assert_allclose(ring, curve)
+    points = np.concatenate([contour.exterior for contour in contours])
+    # Vertices lie on the edges of a grid whose points are half a pixel apart: at (k + 1/2) / 2 or on the border.
+    on_grid = np.isclose((2 * points - 0.5) % 1, 0, atol=1e-6) | np.isclose((2 * points - 0.5) % 1, 1, atol=1e-6)
+    on_border = (points == 0) | (points == [image.width, image.height])
+    assert (on_grid | on_border).any(axis=1).all()
+    assert points.min() >= 0 and (points.max(axis=0) <= [image.width, image.height]).all()
+    assert points.max() > 0.6 * image.width
+
+
+def test_curves_by_hand():
+    """A level line of thickness 2 along y = 3 covers the rows 2 and 3, of which the last column half."""
+    drawn = draw_curves([np.array([[0.0, 3.0], [5.5, 3.0]])], (6, 8), 2)
+    np.testing.assert_allclose(drawn[[2, 3], :5], 1, atol=0.3)
+    assert drawn[[0, 5]].max() == 0 and drawn[:, 7].max() == 0
+    assert drawn.sum() == pytest.approx(11, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class Shapes(MaskField):
         distances = [radii[d] * shrink - (points - self.centres[:, d, None]).norm(dim=-1) for d in range(len(radii))]
         logits = 20 * torch.maximum(*distances)
         merged = torch.where(points[..., 0] > 0.35, logits + self.jump, logits)
-        return FieldValues(merged, logits, torch.exp(-logits.abs()))
+        return FieldValues(merged, logits, 0.25 * torch.exp(-logits.abs()))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (97, 96), (192, 193), (384, 384), (120, 500)])
@@ -134,34 +134,71 @@ def test_a_thin_line_that_is_found_once_is_followed():
         def values(self, coordinates, point_areas=None):
             x, y = coordinates.unbind(dim=-1)
             logits = (4 - 1000 * (x - 0.6 * y - 0.031).abs())[:, :, None]
-            return FieldValues(logits, logits, logits)
+            return FieldValues(logits, logits, torch.zeros_like(logits))
 
     exact, adaptive = (render(Line(), (384, 384), mode=mode) for mode in RENDER_MODES)
     assert torch.equal(adaptive.logits > 0, exact.logits > 0) and (exact.logits > 0).any(dim=-1).all()
     assert adaptive.num_points < 0.1 * exact.num_points
 
 
+class Disks(MaskField):
+    """A small disk per prompt, and no sign of it beside it."""
+
+    def __init__(self, radius, centre):
+        super().__init__(1, len(centre), torch.device("cpu"))
+        self.radius, self.centre = radius, centre
+
+    def values(self, coordinates, point_areas=None):
+        distance = (coordinates - self.centre[:, None]).norm(dim=-1)
+        logits = torch.where(distance < self.radius, 5.0, -5.0)[:, :, None]
+        return FieldValues(logits, logits, torch.zeros_like(logits))
+
+
 @pytest.mark.parametrize("size", [96, 128, 384, 500])
 def test_the_smallest_structure_that_is_always_found(size):
     """A disk of 1.5 * 2^k pixels, wherever it lies."""
     stride = 2 ** int(math.log2(max(1, size / imedsam.rendering.FIRST_CELLS)))
-    rng = torch.Generator().manual_seed(size)
-
-    class Disk(MaskField):
-        def __init__(self):
-            super().__init__(1, 40, torch.device("cpu"))
-            self.radius = 1.5 * stride / size
-            self.centre = (torch.rand(40, 2, generator=rng) * 2 - 1) * (1 - self.radius)
-
-        def values(self, coordinates, point_areas=None):
-            distance = (coordinates - self.centre[:, None]).norm(dim=-1)
-            logits = torch.where(distance < self.radius, 5.0, -5.0)[:, :, None]
-            return FieldValues(logits, logits, logits)
-
-    field = Disk()
-    exact, adaptive = (render(field, (size, size), mode=mode) for mode in RENDER_MODES)
+    radius = 1.5 * stride / size
+    centre = (torch.rand(20, 2, generator=torch.Generator().manual_seed(size)) * 2 - 1) * (1 - radius)
+    exact, adaptive = (render(Disks(radius, centre), (size, size), mode=mode) for mode in RENDER_MODES)
     assert torch.equal(adaptive.logits > 0, exact.logits > 0)
     assert (exact.logits > 0).flatten(2).any(dim=-1).all()
+
+
+@pytest.mark.parametrize(("size", "diameter"), [(896, 10), (384, 3)])
+def test_a_small_structure_in_its_box_is_found(size, diameter):
+    """The frame is twice as large as it, and the first lattice would miss it."""
+    radius = diameter / size
+    centre = (torch.rand(6, 2, generator=torch.Generator().manual_seed(size)) * 2 - 1) * (1 - 2 * radius)
+    field = Disks(radius, centre)
+    missing = (render(field, (size, size)).logits > 0).flatten(2).sum(-1) == 0
+    assert missing.any()
+    field.frame = torch.cat([centre, torch.full_like(centre, 2 * radius)], dim=-1)
+    exact, adaptive = (render(field, (size, size), mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+    assert adaptive.num_points < 0.1 * exact.num_points
+
+
+def test_a_doubtful_place_is_not_smoothed_over():
+    """Uncertainty without a change of sign, larger than the first lattice's cells."""
+
+    class Doubt(MaskField):
+        def values(self, coordinates, point_areas=None):
+            distance = coordinates.norm(dim=-1)[:, :, None]
+            logits = -0.5 - 5 * (10 * distance - 1).clamp(0, 1)
+            return FieldValues(logits, logits, 0.25 * torch.exp(-((12 * distance) ** 2)))
+
+    field = Doubt(1, 1, torch.device("cpu"))
+    exact, adaptive = (render(field, (896, 896), mode=mode) for mode in RENDER_MODES)
+    assert_close(adaptive.uncertainty, exact.uncertainty, atol=imedsam.rendering.UNCERTAINTY_TOLERANCE, rtol=0)
+    assert adaptive.num_points < 0.05 * exact.num_points
+
+
+def test_rendered_maps_are_each_their_own():
+    for mode in RENDER_MODES:
+        masks = render(Shapes(), (100, 110), mode=mode)
+        for values in (masks.logits, masks.coarse_logits, masks.uncertainty):
+            assert values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes
 
 
 def test_refused_modes():
@@ -173,13 +210,13 @@ def test_refused_modes():
         render(field, (4, 4), mode="adaptive")
 
 
-@pytest.mark.parametrize("size", [(4,), (0, 4), (4, -1), (4, 4, 4)])
+@pytest.mark.parametrize("size", [(4,), (0, 4), (4, -1), (4, 4, 4), (4.5, 4.0)])
 def test_refused_sizes(size):
     with pytest.raises(ValueError, match=r"Expected output_size as \(height, width\), both at least 1, got"):
         render(Plane(), size)
 
 
-@pytest.mark.parametrize("region", [[0.0, 0.0, 1.0], [0.5, 0.0, 0.5, 1.0], [0.0, 1.0, 1.0, -1.0], [[[0, 0, 1, 1]]]])
+@pytest.mark.parametrize("region", [[0.0, 0.0, 1.0], [0.5, 0.0, 0.5, 1.0], [0.0, 1.0, 1.0, -1.0], [[[0, 0, 1, 1]]], [[0, 0, 1, 1]] * 3])
 def test_refused_regions(region):
     with pytest.raises(ValueError, match="Expected region as x0, y0, x1, y1 .* with x0 < x1 and y0 < y1"):
         render(Plane(), (4, 4), region)

@@ -44,6 +44,9 @@ def predict(
     class_name: Annotated[
         str | None, typer.Option("--class", help="Name of the class to segment; the best-scored one by default.")
     ] = None,
+    contours: Annotated[
+        Path | None, typer.Option(help="GeoJSON file for the masks' outlines, in the images' pixels.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Segment what is in the boxes: mask, overlay and uncertainty as PNG, and report.json."""
@@ -65,7 +68,7 @@ def predict(
         if class_name is not None and class_name not in classes:
             raise ValueError(f"Expected --class to be one of {', '.join(classes)}, got {class_name!r}.")
         class_label = None if class_name is None else classes[class_name]
-        report = predict_files(pipeline, prompts, output, size, window, class_label)
+        report = predict_files(pipeline, prompts, output, size, window, class_label, contours)
     except SafetensorError as error:
         message = f"Expected a whole checkpoint at {model}, got a damaged one ({error}): copy or download it again."
         raise typer.BadParameter(message) from error

@@ -9,7 +9,12 @@ from PIL import Image, ImageDraw
 MASK_COLOURS = ((255, 196, 0), (0, 200, 255), (255, 64, 160), (120, 230, 80))
 
 
-def overlay(image: Image.Image, masks: np.ndarray, boxes: Sequence[Sequence[float]] = ()) -> Image.Image:
+def overlay(
+    image: Image.Image,
+    masks: np.ndarray,
+    boxes: Sequence[Sequence[float]] = (),
+    curves: Sequence[Sequence[np.ndarray]] | None = None,
+) -> Image.Image:
     """
     Draws masks, tinted and outlined, and boxes over an image.
 
@@ -17,18 +22,31 @@ def overlay(image: Image.Image, masks: np.ndarray, boxes: Sequence[Sequence[floa
         image: resized to the masks' size if it has another one.
         masks: (P, H, W), bool, a colour each.
         boxes: (x0, y0, x1, y1) in pixels of the masks, the corner of the first pixel being (0, 0).
+        curves: the masks' outlines, of (N, 2) points in the same frame; by default pixels along the edge.
     """
     height, width = masks.shape[-2:]
     canvas = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
     for index, mask in enumerate(masks):
         colour = np.array(MASK_COLOURS[index % len(MASK_COLOURS)], dtype=np.float32)
         canvas = np.where(mask[..., None], 0.72 * canvas + 0.28 * colour, canvas)
-        canvas = np.where(outline(mask, max(1, round(min(height, width) / 200)))[..., None], colour, canvas)
+        thickness = max(1, round(min(height, width) / 200))
+        edge = outline(mask, thickness) if curves is None else draw_curves(curves[index], (height, width), thickness)
+        canvas += edge[..., None] * (colour - canvas)
     picture = Image.fromarray(canvas.round().astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     for x0, y0, x1, y1 in boxes:
         draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=(255, 255, 255))
     return picture
+
+
+def draw_curves(curves: Sequence[np.ndarray], size: tuple[int, int], thickness: float) -> np.ndarray:
+    """How much of each pixel of a grid (H, W) lies under curves of (N, 2) points (x, y), in [0, 1]."""
+    fine = 4
+    canvas = Image.new("L", (size[1] * fine, size[0] * fine))
+    draw = ImageDraw.Draw(canvas)
+    for curve in curves:
+        draw.line([tuple(point) for point in curve * fine], fill=255, width=round(thickness * fine), joint="curve")
+    return np.asarray(canvas.reduce(fine), dtype=np.float32) / 255
 
 
 def displayable(image: Image.Image, window: tuple[float, float] | None = None) -> Image.Image:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from imedsam.contours import to_geojson
 from imedsam.pipeline import IMedSamPipeline, Segmentation
 from imedsam.training.pictures import displayable, overlay, uncertainty_picture
 from imedsam.training.report import write_json
@@ -23,6 +24,7 @@ def predict_files(
     size: tuple[int, int] | None = None,
     window: tuple[float, float] | None = None,
     class_label: int | None = None,
+    contours: Path | None = None,
 ) -> dict:
     """
     Segments image files and writes for each `NAME_mask.png` (0 and 255; `NAME_mask_2.png` and so on for further
@@ -33,20 +35,22 @@ def predict_files(
         size: (height, width) of what is written; each image's own by default.
         window: (low, high) of the intensities to see, for 16-bit and float images.
         class_label: index of the class to segment; by default each box gets the class with the best score.
+        contours: a GeoJSON file to write the masks' outlines to, in pixels of the images.
 
     Returns:
         The report: per image its size, boxes, and per box the class, the area in pixels, the score and the mean
         uncertainty.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    report = {}
+    for folder in (output_dir, *([] if contours is None else [contours.parent])):
+        folder.mkdir(parents=True, exist_ok=True)
+    report, features = {}, []
     for path, image_boxes in tqdm(boxes.items(), desc="Segmenting", unit="image"):
         image = read_image(path)
         pipeline.set_image(image, window)
         prompts: dict = {"input_boxes": [[list(box) for box in image_boxes]]}
         if class_label is not None:
             prompts["class_labels"] = [[class_label] * len(image_boxes)]
-        segmentation = pipeline.predict(**prompts, output_size=size)
+        segmentation = pipeline.predict(**prompts, output_size=size, contours=contours is not None)
         _write_pictures(output_dir / path.stem, displayable(image, window), image_boxes, segmentation)
         report[path.name] = {
             "size": list(segmentation.masks.shape[-2:]),
@@ -61,7 +65,15 @@ def predict_files(
                 for best, mask, score, uncertainty in _per_box(segmentation)
             ],
         }
+        if segmentation.contours is not None:
+            for index, (outlines, (best, *_)) in enumerate(
+                zip(segmentation.contours, _per_box(segmentation), strict=True)
+            ):
+                properties = {"image": path.name, "box": list(image_boxes[index]), **report[path.name]["masks"][index]}
+                features.append(to_geojson(outlines[best], properties))
     write_json(output_dir / "report.json", report)
+    if contours is not None:
+        write_json(contours, {"type": "FeatureCollection", "features": features})
     return report
 
 
@@ -130,11 +142,19 @@ def _per_box(segmentation: Segmentation):
 
 
 def _write_pictures(prefix: Path, image: Image.Image, boxes: Sequence[Box], segmentation: Segmentation) -> None:
-    _, masks, _, uncertainties = (np.stack(parts) for parts in zip(*_per_box(segmentation), strict=True))
+    best, masks, _, uncertainties = (np.stack(parts) for parts in zip(*_per_box(segmentation), strict=True))
     for index, mask in enumerate(masks):
         suffix = "mask" if index == 0 else f"mask_{index + 1}"
         Image.fromarray(mask.astype(np.uint8) * 255).save(f"{prefix}_{suffix}.png")
     height, width = masks.shape[-2:]
-    scale = np.array([width / image.width, height / image.height] * 2)
-    overlay(image, masks, np.asarray(boxes, dtype=np.float64) * scale).save(f"{prefix}_overlay.png")
+    scale = np.array([width / image.width, height / image.height])
+    curves = None
+    if segmentation.contours is not None:
+        curves = [
+            [curve * scale for contour in outlines[index] for curve in (contour.exterior, *contour.holes)]
+            for outlines, index in zip(segmentation.contours, best, strict=True)
+        ]
+    overlay(image, masks, np.asarray(boxes, dtype=np.float64) * np.tile(scale, 2), curves).save(
+        f"{prefix}_overlay.png"
+    )
     uncertainty_picture(uncertainties.max(axis=0)).save(f"{prefix}_uncertainty.png")

@@ -1,0 +1,196 @@
+"""Field -> closed curves: the outlines of masks with sub-pixel accuracy, from the field and not from its pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from contourpy import FillType, contour_generator
+from torch import Tensor
+
+from imedsam.mask_field import MaskField
+from imedsam.rendering import RenderedMasks, evaluate_points, render
+
+# A vertex is found when it moves by less than this, in pixels; at most so many evaluations find it.
+TOLERANCE = 0.01
+MAX_STEPS = 8
+
+
+@dataclass
+class Contour:
+    """
+    The outline of one component of a mask. Curves are closed: the last point is the first.
+
+    Args:
+        exterior: (N, 2), (x, y); with y downward the curve runs clockwise as one sees it (its shoelace area is > 0).
+        holes: of (K, 2), the other way round.
+    """
+
+    exterior: np.ndarray
+    holes: list[np.ndarray]
+
+    @property
+    def area(self) -> float:
+        """Of the component, without its holes."""
+        return _signed_area(self.exterior) + sum(map(_signed_area, self.holes))
+
+
+@torch.no_grad()
+def find_contours(
+    field: MaskField,
+    output_size: Sequence[int],
+    region: Tensor | None = None,
+    spacing: tuple[float, float] = (1.0, 1.0),
+    rendered: RenderedMasks | None = None,
+) -> list[list[list[list[Contour]]]]:
+    """
+    The outlines of a field's masks. A grid tells which components and holes there are; each vertex is then moved along
+    its grid edge to the root of the field itself, or to the place where the field jumps through 0.
+
+    Args:
+        output_size: (height, width) of the grid.
+        region: (4,) or (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] that it covers; the whole square by default.
+        spacing: (x, y) size of a pixel, such as in millimetres.
+        rendered: what `field.render(output_size, region)` gave, if that has been done already.
+
+    Returns:
+        For each image, prompt and mask its components, the largest first. (0, 0) is the upper left corner of the upper
+        left pixel, (1, 1) its lower right one, times the spacing. What the rectangle cuts is closed along its edge.
+    """
+    rendered = render(field, output_size, region) if rendered is None else rendered
+    height, width = rendered.logits.shape[-2:]
+    corners = torch.tensor([-1.0, -1.0, 1.0, 1.0]) if region is None else torch.as_tensor(region, dtype=torch.float32)
+    corners = corners.expand(field.batch_size, 4).repeat_interleave(field.num_prompts, dim=0).to(field.device)
+
+    def logits_at(rows: np.ndarray, masks: np.ndarray, points: np.ndarray) -> np.ndarray:
+        """At K points of the grid's frame, rows ascending."""
+        rows_, xy = torch.from_numpy(rows).to(field.device), torch.from_numpy(points).float().to(field.device)
+        low, high = corners[rows_].split(2, dim=-1)
+        share = xy / xy.new_tensor([width, height])
+        values = evaluate_points(field, rows_, low + (high - low) * share)[0].cpu().numpy()
+        return values[masks, np.arange(len(points))].astype(np.float64)
+
+    x, y = (np.concatenate([[-1, 0], np.arange(n) + 0.5, [n, n + 1]]) for n in (width, height))
+    logits = rendered.logits.flatten(0, 1).cpu().numpy().astype(np.float64)  # (R, M, H, W)
+    logits = _with_border(logits, x, y, logits_at)
+    rings, owners, vertices = [], [], []
+    for row in range(logits.shape[0]):
+        for mask in range(logits.shape[1]):
+            for component in _trace(logits[row, mask], x, y):
+                rings.append([len(ring) for ring in component])
+                owners.append((row, mask))
+                vertices += component
+    components: list[list[list[Contour]]] = [[[] for _ in range(logits.shape[1])] for _ in range(logits.shape[0])]
+    if vertices:
+        lengths = [sum(component) for component in rings]
+        rows, masks_ = np.repeat(np.array(owners), lengths, axis=0).T
+        points = _refine(np.concatenate(vertices), rows, masks_, logits, x, y, logits_at)
+        points = points.clip(0, [width, height]) * np.array(spacing)
+        curves = iter(np.split(points, np.cumsum([n for component in rings for n in component])[:-1]))
+        for (row, mask), component in zip(owners, rings, strict=True):
+            exterior, *holes = (next(curves) for _ in component)
+            components[row][mask].append(Contour(exterior, holes))
+    for row_components in components:
+        for found in row_components:
+            found.sort(key=lambda contour: -contour.area)
+    prompts = field.num_prompts
+    return [components[image * prompts : (image + 1) * prompts] for image in range(field.batch_size)]
+
+
+def to_geojson(contours: Sequence[Contour], properties: Mapping[str, Any]) -> dict:
+    """The components of a mask as a GeoJSON Feature, a MultiPolygon in the contours' own coordinates (RFC 7946)."""
+    polygons = [[curve.tolist() for curve in (contour.exterior, *contour.holes)] for contour in contours]
+    return {
+        "type": "Feature",
+        "properties": dict(properties),
+        "geometry": {"type": "MultiPolygon", "coordinates": polygons},
+    }
+
+
+def to_coco(contours: Sequence[Contour], mask: np.ndarray) -> dict:
+    """
+    The components of a mask as the fields `segmentation`, `area` and `bbox` of a COCO annotation.
+
+    Args:
+        contours: in pixels.
+        mask: (H, W), bool, the same mask: COCO's polygons have no holes, so that a mask with some is given by its runs
+            of pixels, not compressed.
+    """
+    segmentation: Any = [contour.exterior[:-1].flatten().tolist() for contour in contours]
+    if any(contour.holes for contour in contours):
+        pixels = np.concatenate([[0], mask.T.flatten().astype(np.int8), [0]])  # column by column, from a run of 0
+        changes = np.flatnonzero(np.diff(pixels))
+        ends = np.concatenate([changes, [mask.size]]) if not mask[-1, -1] else changes
+        segmentation = {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
+    points = np.concatenate([contour.exterior for contour in contours]) if contours else np.zeros((1, 2))
+    low, high = points.min(axis=0), points.max(axis=0)
+    area = sum(contour.area for contour in contours)
+    return {"segmentation": segmentation, "area": area, "bbox": [*low.tolist(), *(high - low).tolist()]}
+
+
+def _with_border(logits, x, y, logits_at):
+    """The grid with the field along the rectangle's edge around it, and around that nothing."""
+    rows, masks, height, width = logits.shape
+    framed = np.full((rows, masks, height + 4, width + 4), -1.0)
+    framed[..., 2:-2, 2:-2] = logits
+    on_border = np.zeros((height + 4, width + 4), dtype=bool)
+    on_border[1:-1, 1:-1] = True
+    on_border[2:-2, 2:-2] = False
+    i, j = on_border.nonzero()
+    points = np.tile(np.stack([x[j], y[i]], axis=-1), (rows, 1))
+    row = np.repeat(np.arange(rows), len(i))
+    for mask in range(masks):
+        framed[:, mask, i, j] = logits_at(row, np.full(len(row), mask), points).reshape(rows, -1)
+    return framed
+
+
+def _trace(logits: np.ndarray, x: np.ndarray, y: np.ndarray) -> list[list[np.ndarray]]:
+    """Components as [exterior, *holes], whose vertices lie on the grid's edges."""
+    generator = contour_generator(x, y, logits, fill_type=FillType.OuterOffset)
+    points, offsets = generator.filled(0.0, max(1.0, 2 * logits.max()))
+    return [
+        [component[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        for component, ends in zip(points, offsets, strict=True)
+    ]
+
+
+def _refine(points, rows, masks, logits, x, y, logits_at):
+    """
+    Moves vertices on edges of the grid to the field's roots. Each stays between two points of different signs: the
+    next one is the secant's, or half way where the secant did not get much closer to 0, as at a jump.
+    """
+    j, i = np.searchsorted(x, points[:, 0], side="right") - 1, np.searchsorted(y, points[:, 1], side="right") - 1
+    along_x = points[:, 1] == y[i]
+    low, high = np.stack([x[j], y[i]], axis=-1), np.stack([x[j + along_x], y[i + ~along_x]], axis=-1)
+    at_low, at_high = logits[rows, masks, i, j], logits[rows, masks, i + ~along_x, j + along_x]
+    # What the rectangle's edge cuts has no root; a vertex on a point of the grid has its root already.
+    inner = ((low >= 0) & (high <= [x[-2], y[-2]])).all(axis=-1)
+    active = np.flatnonzero(inner & ((at_low > 0) != (at_high > 0)))
+    points = points.copy()
+    low, high, at_low, at_high = low[active], high[active], at_low[active], at_high[active]
+    halve = np.zeros(len(active), dtype=bool)
+    for step in range(MAX_STEPS):
+        if not len(active):
+            break
+        share = np.where(halve, 0.5, at_low / (at_low - at_high))
+        middle = low + (high - low) * share[:, None]
+        value = logits_at(rows[active], masks[active], middle)
+        moved = np.abs(middle - points[active]).max(axis=-1)
+        points[active] = middle
+        halve = np.abs(value) > 0.5 * np.minimum(np.abs(at_low), np.abs(at_high))
+        is_low = (value > 0) == (at_low > 0)
+        low, at_low = np.where(is_low[:, None], middle, low), np.where(is_low, value, at_low)
+        high, at_high = np.where(is_low[:, None], high, middle), np.where(is_low, at_high, value)
+        keep = (moved > TOLERANCE) | halve | (step == 0)
+        active, low, high, at_low, at_high, halve = (
+            values[keep] for values in (active, low, high, at_low, at_high, halve)
+        )
+    return points
+
+
+def _signed_area(ring: np.ndarray) -> float:
+    x, y = ring.T
+    return float(0.5 * np.sum(x[:-1] * y[1:] - x[1:] * y[:-1]))
