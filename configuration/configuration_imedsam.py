@@ -156,6 +156,10 @@ class IMedSamConfig(PreTrainedConfig):
         return {**super().to_diff_dict(), "id2label": self.id2label}
 
     def _name_classes(self, num_labels: int | None) -> None:
+        if num_labels is not None and (not isinstance(num_labels, int) or isinstance(num_labels, bool)):
+            raise ValueError(f"Expected num_labels as an integer, got {num_labels!r}.")
+        if self.id2label is not None and not isinstance(self.id2label, dict):
+            raise ValueError(f'Expected id2label as {{0: "name", ...}}, got {self.id2label!r}.')
         if self.id2label is None:
             num_labels = 1 if num_labels is None else num_labels
             self.id2label = {0: "object"} if num_labels == 1 else {i: f"object {i + 1}" for i in range(num_labels)}
@@ -165,6 +169,8 @@ class IMedSamConfig(PreTrainedConfig):
                 "give one of the two."
             )
         self.label2id = {name: int(index) for index, name in self.id2label.items()}
+        if len(self.label2id) < len(self.id2label):
+            raise ValueError(f"Expected a name of its own for each class, got {list(self.id2label.values())}.")
 
     def _refuse_unknown_keys(self, kwargs: dict[str, Any]) -> None:
         unknown = sorted(set(kwargs) - _INHERITED_KEYS)
@@ -174,6 +180,14 @@ class IMedSamConfig(PreTrainedConfig):
                 f"Unknown configuration key{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}: "
                 f"IMedSamConfig takes {', '.join(known)} and num_labels. Correct or remove it."
             )
+
+        if isinstance(self.sam_config, dict):
+            known = {field.name for field in fields(SamConfig)} | _INHERITED_KEYS
+            if unknown := sorted(set(self.sam_config) - known):
+                raise TypeError(
+                    f"Unknown key {unknown[0]!r} in sam_config: it takes vision_config, prompt_encoder_config and "
+                    "mask_decoder_config. Correct or remove it."
+                )
 
     def _refuse_contradictions(self) -> None:
         targets = list(self.lora_targets or [])

@@ -17,12 +17,12 @@ import argparse
 import json
 import os
 import platform
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
 from imedsam import IMedSamPipeline
+from imedsam.training.arguments import parse_args
 from imedsam.training.demo import draw
 from imedsam.training.evaluation import evaluate_masks, floor_metrics
 from imedsam.training.examples import load_examples
@@ -42,7 +42,6 @@ STARTS = {
 }
 RUNS = {f"{start}-{seed}": (start, seed, "") for start in STARTS for seed in SEEDS}
 RUNS["medical-0-no-prompt-frame"] = ("medical", 0, "--config prompt_frame=false")
-RESULTS = Path(__file__).with_suffix(".json")
 METRICS = {"dice": 100, "iou": 100, "hd": 1, "hd95": 1}
 
 
@@ -55,22 +54,34 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/kvasir_sessile"))
     parser.add_argument("--runs", nargs="*", choices=list(RUNS), help="Only these, such as medical-0; all by default.")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--test", action="store_true")
     args = parser.parse_args()
     checkpoints = {"medical": args.medical, "ImageNet": args.imagenet}
     for name in args.runs or RUNS:
         start, seed, extra = RUNS[name]
         folder = args.output_dir / name
+        flags = f"{RECIPE.format(epochs=args.epochs)} {STARTS[start]} {extra} --seed {seed}".split()
+        flags += ["--model_name_or_path", checkpoints[start], "--dataset_name", str(args.data)]
+        flags += ["--output_dir", str(folder)]
         if not (folder / "metrics.json").exists():
-            flags = f"{RECIPE.format(epochs=args.epochs)} {STARTS[start]} {extra} --seed {seed}"
-            train(
-                ["--model_name_or_path", checkpoints[start], "--dataset_name", str(args.data)]
-                + ["--output_dir", str(folder), *flags.split()]
-            )
+            train(flags)
+        refuse_another_recipe(folder, flags)
         if args.test:
             score_test(folder, args.data)
-        record(name, folder, RESULTS)
-    print_tables(json.loads(RESULTS.read_text())["runs"])
+        record(name, folder, args.results)
+    print_tables(json.loads(args.results.read_text())["runs"])
+
+
+def refuse_another_recipe(folder: Path, flags: list[str]) -> None:
+    """A run that lies in the folder from before counts if it was made with the same flags."""
+    made_with, asked_for = json.loads((folder / "metrics.json").read_text())["arguments"], vars(parse_args(flags))
+    asked_for = json.loads(json.dumps(asked_for))
+    if different := [key for key in asked_for if asked_for[key] != made_with.get(key)]:
+        raise SystemExit(
+            f"Expected a run of this recipe in {folder}, got another {', '.join(different)}: move it away, or choose "
+            "another --output_dir."
+        )
 
 
 def score_test(folder: Path, data: Path) -> None:
@@ -91,11 +102,13 @@ def record(run: str, folder: Path, path: Path) -> None:
     report = json.loads((folder / "metrics.json").read_text())
     jittered = {"boxes jittered by 3 %": report["validation_jittered"]}
     result = {
-        "date": date.fromtimestamp((folder / "metrics.json").stat().st_mtime).isoformat(),
+        "date": report["date"],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "validation": {"exact boxes": report["validation"], **jittered, **report["floors"]},
     }
     result |= {key: report[key] for key in ("best_epoch", "seconds", "trainable_parameters", "versions")}
+    machine_dependent = ("model_name_or_path", "dataset_name", "output_dir")
+    result["arguments"] = {key: v for key, v in report["arguments"].items() if key not in machine_dependent}
     if (folder / "test.json").exists():
         result["test"] = json.loads((folder / "test.json").read_text())
     runs = json.loads(path.read_text())["runs"] if path.exists() else {}

@@ -169,3 +169,17 @@ def test_the_callers_dictionaries_are_left_alone():
     IMedSamConfig(sam_config=sam_config, id2label=names)
     assert sam_config == {"vision_config": {"image_size": 64}, "prompt_encoder_config": {"image_size": 64}}
     assert names == {"0": "a"}
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"sam_config": {"vision_confg": {}}}, TypeError, "Unknown key 'vision_confg' in sam_config"),
+        ({"num_labels": "3"}, ValueError, "Expected num_labels as an integer, got '3'"),
+        ({"id2label": ["a"]}, ValueError, "Expected id2label as"),
+        ({"id2label": {0: "a", 1: "a"}}, ValueError, "Expected a name of its own for each class"),
+    ],
+)
+def test_classes_and_sam_are_checked(values, error, message):
+    with pytest.raises(error, match=message):
+        IMedSamConfig(**values)

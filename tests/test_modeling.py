@@ -46,6 +46,15 @@ def test_outputs(model, inputs):
     assert torch.equal(tuples[0], output.pred_masks)
 
 
+def test_rendering_is_the_same_while_training(from_sam, inputs):
+    model = from_sam()
+    expected = model.eval()(**inputs, output_size=(200, 200))
+    labels = torch.ones(2, 2, 16, 16)
+    output = model.train()(**inputs, labels=labels, output_size=(200, 200))
+    assert_close(output.pred_masks, expected.pred_masks)
+    assert output.loss.requires_grad and not output.pred_masks.requires_grad
+
+
 @torch.no_grad()
 def test_scores_by_hand(model, inputs):
     output = model(**inputs, output_size=(12, 12))

@@ -168,6 +168,21 @@ def test_curves_by_hand():
     assert drawn.sum() == pytest.approx(11, rel=0.15)
 
 
+def test_one_bad_image_does_not_lose_the_others(folder, image, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    (tmp_path / "in").mkdir()
+    image.save(tmp_path / "in" / "c.png")
+    image.resize((4, 4)).save(tmp_path / "in" / "b.png")
+    image.save(tmp_path / "in" / "a.tif", save_all=True, append_images=[image])
+    result = run("--model", folder, "--image", tmp_path / "in", "--box", *BOX, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "2 of 3 images could not be segmented" in result.output
+    assert "b.png" in result.output and "a.tif" in result.output and "2 pages" in result.output
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())) == ["c.png"]
+    result = run("--model", folder, "--image", tmp_path / "in", "--box", *BOX, "-o", tmp_path / "in")
+    assert result.exit_code == 2 and "Expected another folder for the results" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -269,4 +284,4 @@ def test_predict_refuses_a_device_that_is_not_there(folder, image, tmp_path):
     image.save(tmp_path / "a.png")
     arguments = ["--model", folder, "--image", tmp_path / "a.png", "--box", *BOX, "--device", "cuda"]
     result = run(*arguments, "-o", tmp_path / "out")
-    assert result.exit_code == 2 and "without CUDA" in result.output
+    assert result.exit_code == 2 and "Expected a device that is there, got cuda" in " ".join(result.output.split())

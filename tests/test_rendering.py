@@ -216,7 +216,9 @@ def test_refused_sizes(size):
         render(Plane(), size)
 
 
-@pytest.mark.parametrize("region", [[0.0, 0.0, 1.0], [0.5, 0.0, 0.5, 1.0], [0.0, 1.0, 1.0, -1.0], [[[0, 0, 1, 1]]], [[0, 0, 1, 1]] * 3])
+@pytest.mark.parametrize(
+    "region", [[0.0, 0.0, 1.0], [0.5, 0.0, 0.5, 1.0], [0.0, 1.0, 1.0, -1.0], [[[0, 0, 1, 1]]], [[0, 0, 1, 1]] * 3]
+)
 def test_refused_regions(region):
     with pytest.raises(ValueError, match="Expected region as x0, y0, x1, y1 .* with x0 < x1 and y0 < y1"):
         render(Plane(), (4, 4), region)

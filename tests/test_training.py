@@ -406,6 +406,18 @@ def test_the_coarse_weight_falls_linearly(sam_folder):
     assert train.get_coarse_loss_weight(args, 0, 0, 4) == pytest.approx(0.1)
 
 
+def test_only_weights_decay(sam_folder):
+    args = parse_args(arguments(sam_folder, "out", ["--weight_decay", 0.02]))
+    model = IMedSamModel.from_sam_pretrained(sam_folder, image_size=64, **args.config, num_labels=2)
+    decays = {
+        id(p): group["weight_decay"] for group in train.get_parameter_groups(model, args) for p in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith("bias"):
+            assert decays[id(parameter)] == 0, name
+    assert sum(value == 0.02 for value in decays.values()) > 10
+
+
 def test_config_flags(sam_folder, capsys):
     assert parse_config("frequency_view=null") == ("frequency_view", None)
     assert parse_config("coarse_widths=[8, 4]") == ("coarse_widths", [8, 4])
@@ -426,6 +438,15 @@ def test_config_flags(sam_folder, capsys):
         ("--checkpointing_steps 0", "from 1 on, got '0'"),
         ("--dataloader_num_workers -1", "expected one argument|from 0 on, got '-1'"),
         ("--num_train_images 0", "from 1 on, got '0'"),
+        (
+            "--coarse_ramp_epochs -3",
+            "argument --coarse_ramp_epochs: Expected a number from 0 on, got '-3'|one argument",
+        ),
+        ("--learning_rate nan", "Expected a number from 0 on, got 'nan'"),
+        ("--max_grad_norm 0", "Expected a number above 0, got '0'"),
+        ("--uniform_share 2", r"Expected a number in \[0, 1\], got '2'"),
+        ("--box_jitter 0.9", r"Expected a number in \[0, 0.5\), got '0.9'"),
+        ("--config num_labels=2", "num_labels follows from the data"),
         ("--config lora_rnk=8", "argument --config: .*lora_rnk"),
         ("--config lora_rank=many", "argument --config: .*lora_rank"),
         ("--config selection_share=2", "argument --config: .*selection_share"),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import SchedulerType
@@ -43,25 +44,40 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     )
     add("--config", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="IMedSamConfig values, as JSON.")
     add("--num_points", type=positive_int, default=4096, help="Supervised points per prompt.")
-    add("--uniform_share", type=float, default=0.5, help="Share of them from the whole image, not around the box.")
+    add("--uniform_share", type=share, default=0.5, help="Share of them from the whole image, not around the box.")
     add("--point_weighting", choices=("importance", "none"), default="importance")
     add("--supervision", choices=("points", "dense"), default="points")
     add("--label_size", type=positive_int, help="Side of the dense labels; the model's square by default.")
-    add("--box_jitter", type=float, default=0.1, help="Largest move of a box's side, as a share of the box.")
+    add("--box_jitter", type=less_than_half, default=0.1, help="Largest move of a box's side, as a share of the box.")
     add("--augmentation", choices=STRENGTHS, default="strong")
     add("--per_device_train_batch_size", type=positive_int, default=4)
     add("--per_device_eval_batch_size", type=positive_int, default=4)
-    add("--learning_rate", type=float, default=1e-3, help="Of the fields and the frequency gates.")
-    add("--adapter_learning_rate", type=float, default=5e-5, help="Of the adapters, prompt encoder and upscaling.")
-    add("--encoder_learning_rate", type=float, default=1e-4, help="Of image encoder and mask decoder, if trained.")
-    add("--weight_decay", type=float, default=0.01)
+    add("--learning_rate", type=not_negative, default=1e-3, help="Of the fields and the frequency gates.")
+    add(
+        "--adapter_learning_rate",
+        type=not_negative,
+        default=5e-5,
+        help="Of the adapters, prompt encoder and upscaling.",
+    )
+    add(
+        "--encoder_learning_rate",
+        type=not_negative,
+        default=1e-4,
+        help="Of image encoder and mask decoder, if trained.",
+    )
+    add("--weight_decay", type=not_negative, default=0.01)
     add("--num_train_epochs", type=positive_int, default=100)
     add("--max_train_steps", type=positive_int, help="Takes precedence over the epochs.")
     add("--gradient_accumulation_steps", type=positive_int, default=1)
     add("--lr_scheduler_type", type=SchedulerType, choices=list(SchedulerType), default=SchedulerType.COSINE)
     add("--num_warmup_steps", type=non_negative_int, default=0)
-    add("--max_grad_norm", type=float, default=1.0)
-    add("--coarse_ramp_epochs", type=float, default=5, help="Epochs in which the coarse loss's weight falls to 0.1.")
+    add("--max_grad_norm", type=positive, default=1.0)
+    add(
+        "--coarse_ramp_epochs",
+        type=not_negative,
+        default=5,
+        help="Epochs in which the coarse loss's weight falls to 0.1.",
+    )
     add("--mixed_precision", choices=("no", "fp16", "bf16"))
     add("--seed", type=non_negative_int, default=0)
     add("--dataloader_num_workers", type=non_negative_int, default=0)
@@ -75,6 +91,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     args = parser.parse_args(argv)
     try:
         args.config = dict(parse_config(item) for item in args.config)
+        if derived := {"id2label", "num_labels", "sam_config"} & set(args.config):
+            raise ValueError(f"{min(derived)} follows from the data and the SAM checkpoint: leave it out.")
         IMedSamConfig(**args.config)
     except (TypeError, ValueError, StrictDataclassError) as error:
         parser.error(f"argument --config: {error}")
@@ -99,6 +117,32 @@ def positive_int(value: str) -> int:
 
 def non_negative_int(value: str) -> int:
     return _int_from(0, value)
+
+
+def positive(value: str) -> float:
+    return _float_if(lambda number: number > 0, "above 0", value)
+
+
+def not_negative(value: str) -> float:
+    return _float_if(lambda number: number >= 0, "from 0 on", value)
+
+
+def share(value: str) -> float:
+    return _float_if(lambda number: 0 <= number <= 1, "in [0, 1]", value)
+
+
+def less_than_half(value: str) -> float:
+    return _float_if(lambda number: 0 <= number < 0.5, "in [0, 0.5)", value)
+
+
+def _float_if(holds, range_, value):
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and holds(number)):
+        raise argparse.ArgumentTypeError(f"Expected a number {range_}, got {value!r}.")
+    return number
 
 
 def _int_from(least, value):

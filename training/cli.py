@@ -58,11 +58,20 @@ def predict(
 
     if (box is None) == (boxes is None):
         raise typer.BadParameter("Expected boxes by --box x0 y0 x1 y1 or by --boxes FILE, got both or neither.")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise typer.BadParameter(f"Expected a device that is there, got {device} without CUDA: use --device cpu.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        message = f"Expected a device that is there, got {device}: use --device cpu. {error}"
+        raise typer.BadParameter(message) from error
+    if output.is_dir() and output.resolve() == image.resolve():
+        raise typer.BadParameter(f"Expected another folder for the results than that of the images, {image}.")
     try:
         images = find_images(image)
         prompts = read_boxes(boxes, images) if boxes is not None else {path: [box] for path in images if box}
+        if not Path(model).exists() and (model.count("/") != 1 or model.startswith((".", "/"))):
+            raise ValueError(
+                f"Expected --model to be a folder or a name on the Hub such as user/model, got {model!r}."
+            )
         pipeline = IMedSamPipeline.from_pretrained(model, device)
         classes = pipeline.model.config.label2id
         if class_name is not None and class_name not in classes:

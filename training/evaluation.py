@@ -17,6 +17,7 @@ def evaluate_masks(
     examples: Examples,
     *,
     output_size: int | None = None,
+    mode: str | None = "exact",
     box_jitter: float = 0.0,
     seed: int = 0,
     batch_size: int = 8,
@@ -30,6 +31,7 @@ def evaluate_masks(
         model: an `IMedSamModel`, evaluated in eval mode and left in the mode it was in.
         output_size: side of the square that the image is rendered and the mask sampled at (at pixel centres); by
             default each image's own size.
+        mode: of rendering: "exact", "adaptive", or None for the field's default.
         box_jitter: as in training; 0 prompts with the exact boxes.
         seed: of the jitter, which depends on the image's index beside it.
         batch_size: images encoded at once.
@@ -48,7 +50,7 @@ def evaluate_masks(
             read = [examples[index] for index in batch]
             shown = [(index, example) for index, example in zip(batch, read, strict=True) if example["mask"].any()]
             if shown:
-                _evaluate_batch(model, processor, shown, table, examples, output_size, box_jitter, seed)
+                _evaluate_batch(model, processor, shown, table, examples, output_size, mode, box_jitter, seed)
             bar.update(len(batch))
     model.train(training)
     return table
@@ -76,7 +78,7 @@ def class_means(table: MetricTable, examples: Examples) -> dict[str, dict[str, f
     return means
 
 
-def _evaluate_batch(model, processor, batch, table, examples, output_size, box_jitter, seed):
+def _evaluate_batch(model, processor, batch, table, examples, output_size, mode, box_jitter, seed):
     items = []
     for index, example in batch:
         rng = np.random.default_rng([seed, index])
@@ -98,7 +100,7 @@ def _evaluate_batch(model, processor, batch, table, examples, output_size, box_j
             reshaped_input_sizes=inputs["reshaped_input_sizes"][one],
         )
         size = example["mask"].shape if output_size is None else (output_size, output_size)
-        predictions = (field.render(size, region=regions[one]).logits[0, :, 0] > 0).cpu().numpy()
+        predictions = (field.render(size, regions[one], mode).logits[0, :, 0] > 0).cpu().numpy()
         for prediction, (row_name, mask) in zip(predictions, _named_masks(example, examples), strict=True):
             table.add(row_name, segmentation_metrics(prediction, sample_mask(mask, size)))
 

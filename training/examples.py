@@ -241,7 +241,13 @@ def _load_datasets(dataset, split, seed, labels):
             f"Expected {dataset} to hold images/ and masks/, or a data set written by save_to_disk, and it does not."
         )
     else:
-        loaded = datasets.load_dataset(dataset)
+        try:
+            loaded = datasets.load_dataset(dataset)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"Expected {dataset} to be a folder, or a data set that the `datasets` library finds by its name, got "
+                f"neither: {error}"
+            ) from error
     if isinstance(loaded, datasets.DatasetDict) and set(loaded) != {"train"}:
         rows = _pick_split(loaded, split, dataset)
     else:

@@ -37,20 +37,29 @@ def predict_files(
         class_label: index of the class to segment; by default each box gets the class with the best score.
         contours: a GeoJSON file to write the masks' outlines to, in pixels of the images.
 
+    Raises:
+        ValueError: some images could not be segmented; the results of the others have been written.
+
     Returns:
         The report: per image its size, boxes, and per box the class, the area in pixels, the score and the mean
         uncertainty.
     """
     for folder in (output_dir, *([] if contours is None else [contours.parent])):
         folder.mkdir(parents=True, exist_ok=True)
-    report, features = {}, []
+    report: dict[str, dict] = {}
+    features: list[dict] = []
+    errors: list[str] = []
     for path, image_boxes in tqdm(boxes.items(), desc="Segmenting", unit="image"):
-        image = read_image(path)
-        pipeline.set_image(image, window)
-        prompts: dict = {"input_boxes": [[list(box) for box in image_boxes]]}
-        if class_label is not None:
-            prompts["class_labels"] = [[class_label] * len(image_boxes)]
-        segmentation = pipeline.predict(**prompts, output_size=size, contours=contours is not None)
+        try:
+            image = read_image(path)
+            pipeline.set_image(image, window)
+            prompts: dict = {"input_boxes": [[list(box) for box in image_boxes]]}
+            if class_label is not None:
+                prompts["class_labels"] = [[class_label] * len(image_boxes)]
+            segmentation = pipeline.predict(**prompts, output_size=size, contours=contours is not None)
+        except ValueError as error:  # the other images' results are not lost for it
+            errors.append(f"{path}: {error}")
+            continue
         _write_pictures(output_dir / path.stem, displayable(image, window), image_boxes, segmentation)
         report[path.name] = {
             "size": list(segmentation.masks.shape[-2:]),
@@ -66,14 +75,14 @@ def predict_files(
             ],
         }
         if segmentation.contours is not None:
-            for index, (outlines, (best, *_)) in enumerate(
-                zip(segmentation.contours, _per_box(segmentation), strict=True)
-            ):
+            for index, (best, *_) in enumerate(_per_box(segmentation)):
                 properties = {"image": path.name, "box": list(image_boxes[index]), **report[path.name]["masks"][index]}
-                features.append(to_geojson(outlines[best], properties))
+                features.append(to_geojson(segmentation.contours[index][best], properties))
     write_json(output_dir / "report.json", report)
     if contours is not None:
         write_json(contours, {"type": "FeatureCollection", "features": features})
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(boxes)} images could not be segmented. " + "\n".join(errors))
     return report
 
 
@@ -84,11 +93,13 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"Expected one image in {path}, got {image.n_frames} pages: save one of them.")
             image.load()
             return image
     except FileNotFoundError:
         raise ValueError(f"Expected an image at {path}, got no such file.") from None
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"Expected an image at {path}, got a file that cannot be read as one: {error}.") from error
 
 

@@ -109,7 +109,8 @@ def train(accelerator, model, processor, train_loader, validation, optimizer, sc
         started_at = time.perf_counter()
         last = state.epoch + 1 >= args.num_train_epochs or state.global_step >= args.max_train_steps
         if last or (state.epoch + 1) % args.eval_every == 0:
-            table = evaluate(accelerator, model, processor, validation, args, output_size=args.evaluation_size)
+            options = {"output_size": args.evaluation_size, "mode": None}
+            table = evaluate(accelerator, model, processor, validation, args, **options)
             row["validation"] = table.mean()
             row["frequency_ratio"] = get_frequency_ratio(accelerator, model, processor, validation)
             if row["validation"]["dice"] > state.best_score:
@@ -298,8 +299,9 @@ def get_dataloaders(args: argparse.Namespace, examples: Examples, processor: IMe
 def get_parameter_groups(model: IMedSamModel, args: argparse.Namespace) -> list[dict]:
     """AdamW's groups: a learning rate per part, and no weight decay on biases, norms and gates."""
     groups = []
+    biases = {parameter for name, parameter in model.named_parameters() if name.endswith("bias")}  # a row per class
     for name, parameters in model.parameter_parts().items():
-        decays = [p.ndim > 1 and name != "frequency gates" for p in parameters]
+        decays = [p.ndim > 1 and p not in biases and name != "frequency gates" for p in parameters]
         for decay in (True, False):
             chosen = [p for p, decayed in zip(parameters, decays, strict=True) if decayed == decay]
             if chosen:
