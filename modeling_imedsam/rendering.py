@@ -40,7 +40,7 @@ class RenderedMasks:
         logits: foreground where positive.
         coarse_logits: the coarse field's alone.
         uncertainty: variance of the probability.
-        num_points: points at which the field was evaluated, of all images and prompts.
+        num_points: points at which values were asked for, of all images and prompts.
     """
 
     logits: Tensor
