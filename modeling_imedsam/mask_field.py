@@ -55,8 +55,8 @@ class MaskField(ABC):
 
     # Whether the points to refine are the most uncertain ones of a rendered grid (the paper's rule).
     selects_on_the_grid: bool = False
-    # Whether values are a training step's: one dropout pass, and of the points asked for a share refined.
-    training: bool = False
+    # Whether values are those after training even while the decoder trains.
+    evaluating: bool = False
     # (B P, 4), centre and half size of where each prompt's object is, if that is known.
     frame: Tensor | None = None
 
@@ -75,7 +75,7 @@ class MaskField(ABC):
     def eval(self) -> "MaskField":
         """This field as it is after training."""
         field = copy(self)
-        field.training = False
+        field.evaluating = True
         return field
 
     def selecting_from(self, uncertainty: Tensor) -> "MaskField":
@@ -136,7 +136,11 @@ class ImplicitMaskField(MaskField):
         self.decoder, self.config = decoder, config
         self.features, self.prompt, self.frame, self.classes = features, prompt, frame, classes
         self.selects_on_the_grid = config.selection == "top_k" and decoder.fine is not None
-        self.training = decoder.training
+
+    @property
+    def training(self) -> bool:
+        """Whether values are a training step's: one dropout pass, and of the points asked for a share refined."""
+        return self.decoder.training and not self.evaluating
 
     @cached_property
     @torch.no_grad()
