@@ -182,10 +182,10 @@ class IMedSamConfig(PreTrainedConfig):
             )
 
         if isinstance(self.sam_config, dict):
-            known = {field.name for field in fields(SamConfig)} | _INHERITED_KEYS
-            if unknown := sorted(set(self.sam_config) - known):
+            parts = {field.name for field in fields(SamConfig)} | _INHERITED_KEYS
+            if others := sorted(set(self.sam_config) - parts):
                 raise TypeError(
-                    f"Unknown key {unknown[0]!r} in sam_config: it takes vision_config, prompt_encoder_config and "
+                    f"Unknown key {others[0]!r} in sam_config: it takes vision_config, prompt_encoder_config and "
                     "mask_decoder_config. Correct or remove it."
                 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -90,8 +90,8 @@ def find_contours(
         points = _refine(np.concatenate(vertices), rows, masks_, logits, x, y, logits_at)
         points = points.clip(0, [width, height]) * np.array(spacing)
         curves = iter(np.split(points, np.cumsum([n for component in rings for n in component])[:-1]))
-        for (row, mask), component in zip(owners, rings, strict=True):
-            exterior, *holes = (next(curves) for _ in component)
+        for (row, mask), ring_lengths in zip(owners, rings, strict=True):
+            exterior, *holes = (next(curves) for _ in ring_lengths)
             components[row][mask].append(Contour(exterior, holes))
     for row_components in components:
         for found in row_components:
@@ -150,7 +150,7 @@ def _with_border(logits, x, y, logits_at):
 def _trace(logits: np.ndarray, x: np.ndarray, y: np.ndarray) -> list[list[np.ndarray]]:
     """Components as [exterior, *holes], whose vertices lie on the grid's edges."""
     generator = contour_generator(x, y, logits, fill_type=FillType.OuterOffset)
-    points, offsets = generator.filled(0.0, max(1.0, 2 * logits.max()))
+    points, offsets = cast(tuple[list, list], generator.filled(0.0, max(1.0, 2 * logits.max())))
     return [
         [component[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
         for component, ends in zip(points, offsets, strict=True)

@@ -121,6 +121,8 @@ class ImplicitMaskField(MaskField):
         lattice_region: (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] on which the threshold is taken: the image.
     """
 
+    frame: Tensor
+
     def __init__(
         self,
         decoder: ImplicitDecoder,

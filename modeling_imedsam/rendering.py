@@ -105,7 +105,8 @@ def _evaluate_everywhere(field: MaskField, size: tuple[int, int], region: Tensor
         field = field.selecting_from(_evaluate(field, coordinates)[2])
     values = _evaluate(field, coordinates).unflatten(-1, size)
     # Copies, so that who keeps one of them does not keep all.
-    return RenderedMasks(*(v.clone() for v in values), num_points=values[0, :, :, 0].numel())
+    logits, coarse_logits, uncertainty = (v.clone() for v in values)
+    return RenderedMasks(logits, coarse_logits, uncertainty, num_points=values[0, :, :, 0].numel())
 
 
 def _evaluate_near_boundaries(field: MaskField, size: tuple[int, int], region: Tensor) -> RenderedMasks:
@@ -119,7 +120,8 @@ def _evaluate_near_boundaries(field: MaskField, size: tuple[int, int], region: T
         lattice.split()
     values = lattice.values[..., : size[0], : size[1]].transpose(1, 2)
     values = values.unflatten(1, (field.batch_size, field.num_prompts))
-    return RenderedMasks(*(v.contiguous() for v in values), num_points=lattice.num_points)
+    logits, coarse_logits, uncertainty = (v.contiguous() for v in values)
+    return RenderedMasks(logits, coarse_logits, uncertainty, lattice.num_points)
 
 
 def _check_size(output_size: Sequence[int]) -> tuple[int, int]:
