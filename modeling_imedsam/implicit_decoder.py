@@ -103,10 +103,11 @@ class CoarseField(nn.Module):
         # The points of a prompt share its embedding: its part of the first layer is multiplied once.
         first = cast(HiddenLinear, self.layers[0])
         own, shared = first.weight.split([points.shape[-1], prompt.shape[-1]], dim=-1)
-        hidden = F.linear(points, own, first.bias) + F.linear(prompt, shared)[:, None]
-        hidden = F.relu(self.norms[0](hidden))
+        shared = F.linear(prompt, shared, first.bias)[:, None]
+        hidden = torch.baddbmm(shared, points, own.T.expand(len(points), -1, -1))
+        hidden = F.relu(self.norms[0](hidden), inplace=True)
         for layer, norm in zip(self.layers[1:], self.norms[1:], strict=True):
-            hidden = F.relu(norm(layer(hidden)))
+            hidden = F.relu(norm(layer(hidden)), inplace=True)
         return hidden
 
 
@@ -137,9 +138,9 @@ class FineField(nn.Module):
         inputs = torch.cat([points, coarse_features], dim=-1)
         first = cast(HiddenLinear, self.layers[0])
         own, shared = first.weight.split([inputs.shape[-1], prompt.shape[-1]], dim=-1)
-        hidden = F.relu(F.linear(inputs, own, first.bias) + F.linear(prompt, shared)[rows])
+        hidden = F.relu(F.linear(inputs, own, first.bias) + F.linear(prompt, shared)[rows], inplace=True)
         for layer in self.layers[1:]:
-            hidden = F.relu(layer(hidden))
+            hidden = F.relu(layer(hidden), inplace=True)
         return self.head_out(F.relu(self.head_hidden(hidden, classes)), classes)[:, 0]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,10 @@ class MaskField(ABC):
                 model's square.
             point_areas: (B, P, N), only while training: areas that the points stand for, equal by default.
         """
+
+    @abstractmethod
+    def at(self, rows: Tensor) -> "MaskField":
+        """The fields of some of the B P prompts, `rows`, as those of so many images with one prompt each."""
 
     def eval(self) -> "MaskField":
         """This field as it is after training."""
@@ -157,6 +162,20 @@ class ImplicitMaskField(MaskField):
         uncertainty = torch.cat([self._coarse(lattice[r : r + 1], slice(r, r + 1))[3] for r in range(len(lattice))])
         return selection_threshold(uncertainty, self.config.selection_share)
 
+    def eval(self) -> "ImplicitMaskField":
+        # Itself where it can be, so that the threshold is taken once.
+        return cast(ImplicitMaskField, super().eval()) if self.training else self
+
+    def at(self, rows: Tensor) -> "ImplicitMaskField":
+        field = copy(self)
+        field.batch_size, field.num_prompts = len(rows), 1
+        field.lattice_region = self.lattice_region[rows // self.num_prompts]
+        field.features, field.prompt = self.features[rows], self.prompt[rows]
+        field.frame, field.classes = self.frame[rows], self.classes[rows]
+        if self.decoder.fine is not None and not self.training:
+            field.threshold = self.threshold[rows]
+        return field
+
     def selecting_from(self, uncertainty: Tensor) -> "ImplicitMaskField":
         field = copy(self)
         field.threshold = selection_threshold(uncertainty.flatten(0, 1), self.config.selection_share)
@@ -222,6 +241,9 @@ class InterpolatedMaskField(MaskField):
     def __init__(self, logits: Tensor):
         super().__init__(logits.shape[0], logits.shape[1], logits.device)
         self.logits = logits
+
+    def at(self, rows: Tensor) -> "InterpolatedMaskField":
+        return InterpolatedMaskField(self.logits.flatten(0, 1)[rows, None])
 
     def values(self, coordinates: Tensor, point_areas: Tensor | None = None) -> FieldValues:
         points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)

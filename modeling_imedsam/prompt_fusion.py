@@ -10,6 +10,8 @@ from transformers import SamConfig, SamVisionConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPositionalEmbedding, SamPromptEncoder
 
 PADDING_POINT = -10
+# Prompts that SAM's transformer takes at once: its memory does not grow with their number.
+PROMPTS_AT_ONCE = 32
 
 
 class PromptFusion(SamMaskDecoder):
@@ -24,19 +26,15 @@ class PromptFusion(SamMaskDecoder):
         Returns:
             Features (R, C / 8, 4 H, 4 W) and SAM's mask token (R, C).
         """
-        counts = prompts.present.sum(dim=-1)
-        if bool((counts == prompts.tokens.shape[1]).all()):
-            return self._fuse(image_embeddings + prompts.dense, positions, prompts.tokens)
-        # SAM knows no padded tokens: prompts with equally many tokens go together.
-        features, mask_tokens = {}, {}
+        counts, order, parts = prompts.present.sum(dim=-1), [], []
+        # SAM knows no padded tokens: prompts with equally many tokens go together, and not too many at once.
         for count in counts.unique().tolist():
-            rows = (counts == count).nonzero()[:, 0]
-            tokens = prompts.tokens[rows][prompts.present[rows]].view(len(rows), count, -1)
-            group = self._fuse(image_embeddings[rows] + prompts.dense[rows], positions, tokens)
-            for row, feature, mask_token in zip(rows.tolist(), *group, strict=True):
-                features[row], mask_tokens[row] = feature, mask_token
-        rows = range(len(counts))
-        return torch.stack([features[row] for row in rows]), torch.stack([mask_tokens[row] for row in rows])
+            for rows in (counts == count).nonzero()[:, 0].split(PROMPTS_AT_ONCE):
+                tokens = prompts.tokens[rows][prompts.present[rows]].view(len(rows), count, prompts.tokens.shape[-1])
+                parts.append(self._fuse(image_embeddings[rows] + prompts.dense[rows], positions, tokens))
+                order.append(rows)
+        features, mask_tokens = (torch.cat(part)[torch.cat(order).argsort()] for part in zip(*parts, strict=True))
+        return features, mask_tokens
 
     def _fuse(self, image_embeddings: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(len(tokens), -1, -1)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RENDER_MODES = ("exact", "adaptive")
 # Points times prompts that are evaluated at once: few enough for their hidden vectors to stay in a processor's cache.
 TILE_POINTS = 4096
+PROMPTS_AT_ONCE = 32
 # The first lattice of adaptive rendering has at least so many cells along the grid's longer side.
 FIRST_CELLS = 48
 # A cell is decided if its corners have one sign and the smallest logit is larger than so many times their range.
@@ -96,20 +97,26 @@ def render(
         )
     region, field = region.expand(field.batch_size, 4).to(field.device), field.eval()
     evaluate = _evaluate_near_boundaries if mode == "adaptive" else _evaluate_everywhere
-    return evaluate(field, (height, width), region)
+    parts, num_points = [], 0
+    for rows in torch.arange(field.batch_size * field.num_prompts, device=field.device).split(PROMPTS_AT_ONCE):
+        values, points = evaluate(field.at(rows), (height, width), region[rows // field.num_prompts])
+        parts.append(values)
+        num_points += points
+    # Each map is copied out of the parts, so that who keeps one of them does not keep all.
+    maps = (torch.cat(part).unflatten(0, (field.batch_size, -1)) for part in zip(*parts, strict=True))
+    return RenderedMasks(*maps, num_points=num_points)
 
 
-def _evaluate_everywhere(field: MaskField, size: tuple[int, int], region: Tensor) -> RenderedMasks:
+def _evaluate_everywhere(field: MaskField, size: tuple[int, int], region: Tensor) -> tuple[Tensor, int]:
+    """Logits, coarse logits and uncertainty of R prompts, (3, R, M, H, W), and the number of points evaluated."""
     coordinates = pixel_centres(size, region)[:, None]
     if field.selects_on_the_grid:
         field = field.selecting_from(_evaluate(field, coordinates)[2])
-    values = _evaluate(field, coordinates).unflatten(-1, size)
-    # Copies, so that who keeps one of them does not keep all.
-    logits, coarse_logits, uncertainty = (v.clone() for v in values)
-    return RenderedMasks(logits, coarse_logits, uncertainty, num_points=values[0, :, :, 0].numel())
+    values = _evaluate(field, coordinates)[:, :, 0].unflatten(-1, size)
+    return values, values[0, :, 0].numel()
 
 
-def _evaluate_near_boundaries(field: MaskField, size: tuple[int, int], region: Tensor) -> RenderedMasks:
+def _evaluate_near_boundaries(field: MaskField, size: tuple[int, int], region: Tensor) -> tuple[Tensor, int]:
     stride = 1
     while max(size) >= 2 * stride * FIRST_CELLS:
         stride *= 2
@@ -118,10 +125,7 @@ def _evaluate_near_boundaries(field: MaskField, size: tuple[int, int], region: T
     lattice = _Lattice(field, size, region, stride)
     while lattice.stride > 1:
         lattice.split()
-    values = lattice.values[..., : size[0], : size[1]].transpose(1, 2)
-    values = values.unflatten(1, (field.batch_size, field.num_prompts))
-    logits, coarse_logits, uncertainty = (v.contiguous() for v in values)
-    return RenderedMasks(logits, coarse_logits, uncertainty, lattice.num_points)
+    return lattice.values[..., : size[0], : size[1]].transpose(1, 2), lattice.num_points
 
 
 def _check_size(output_size: Sequence[int]) -> tuple[int, int]:
@@ -135,17 +139,17 @@ class _Lattice:
     """
     The values of a field at every `stride`-th pixel centre of a grid. Four neighbours are the corners of a cell.
 
-    Points and cells are numbered through all images and prompts: number = (row * height + i) * width + j. A cell has
-    the number of its first corner.
+    Points and cells are numbered through all prompts: number = (row * height + i) * width + j. A cell has the number
+    of its first corner.
 
     Args:
+        field: of R images with one prompt each.
         size: (height, width) of the grid.
-        region: (B, 4), the rectangles that it covers.
+        region: (R, 4), the rectangles that it covers.
     """
 
     def __init__(self, field: MaskField, size: tuple[int, int], region: Tensor, stride: int):
-        self.field, self.size, self.stride = field, size, stride
-        self.region = region.repeat_interleave(field.num_prompts, dim=0)  # (R, 4)
+        self.field, self.size, self.region, self.stride = field, size, region, stride
         self.num_points = 0
         points = torch.arange(math.prod(self.shape), device=field.device)
         self.values = self._evaluate(points).unflatten(-1, self.shape)  # (3, M, R, h, w)
@@ -156,7 +160,7 @@ class _Lattice:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Rows (images times prompts), height and width; the last points may lie beyond the grid."""
+        """Rows, one per prompt, height and width; the last points may lie beyond the grid."""
         height, width = (-(-length // self.stride) + 1 for length in self.size)
         return len(self.region), height, width
 
@@ -183,8 +187,9 @@ class _Lattice:
             examined.view(-1)[cells] = True
             points = self._corners(cells).flatten()
             points = points[~self.known.view(-1)[points]].unique()
-            self.known.view(-1)[points] = True
-            self.values.flatten(2)[..., points] = self._evaluate(points)
+            if len(points):
+                self.known.view(-1)[points] = True
+                self.values.flatten(2)[..., points] = self._evaluate(points)
             undecided.append(cells[self._are_too_large(cells)])
             cells = cells[self._are_undecided(cells)]
             undecided.append(cells)
@@ -254,11 +259,21 @@ def evaluate_points(field: MaskField, rows: Tensor, coordinates: Tensor) -> Tens
         Logits, coarse logits and uncertainty, (3, M, K).
     """
     counts = rows.bincount(minlength=field.batch_size * field.num_prompts)
-    slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    padded = coordinates.new_zeros(len(counts), int(counts.max()), 2)
-    padded[rows, slots] = coordinates
-    values = _evaluate(field, padded.unflatten(0, (field.batch_size, field.num_prompts)))
-    return values.flatten(1, 2)[:, rows, :, slots].permute(1, 2, 0)
+    starts, start, tiles, order = counts.cumsum(0) - counts, 0, [], []
+    # Every prompt's points from `start` on; a prompt drops out when its points are used up.
+    while len(active := (counts > start).nonzero()[:, 0]):
+        number = max(1, TILE_POINTS // len(active))
+        left = counts[active] - start
+        if (fewest := int(left.min())) >= number // 4:
+            number = min(number, fewest)
+        slots = (starts[active] + start)[:, None] + torch.arange(number, device=rows.device)
+        valid = torch.arange(number, device=rows.device) < left[:, None]
+        part = field if len(active) == len(counts) else field.at(active)
+        padded = coordinates[slots.clamp_max(len(rows) - 1)].unflatten(0, (part.batch_size, part.num_prompts))
+        tiles.append(_evaluate(part, padded).flatten(1, 2).transpose(1, 2)[:, :, valid])
+        order.append(slots[valid])
+        start += number
+    return torch.cat(tiles, dim=-1)[..., torch.cat(order).argsort()]
 
 
 def _evaluate(field: MaskField, coordinates: Tensor) -> Tensor:

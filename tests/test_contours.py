@@ -5,14 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from known_fields import KnownField
 from scipy.spatial import cKDTree
 from torch.testing import assert_close
 
 from imedsam.contours import Contour, find_contours, to_coco, to_geojson
-from imedsam.mask_field import FieldValues, MaskField
+from imedsam.mask_field import FieldValues
 
 
-class Field(MaskField):
+class Field(KnownField):
     """One image, one prompt: a function of x and y in [-1, 1]."""
 
     def __init__(self, function, prompts=1):
@@ -118,7 +119,7 @@ def test_images_prompts_and_masks_keep_their_own():
     """Against one field at a time, and with few evaluations more than the rendering needs."""
     radii = torch.tensor([[[0.5, 0.2], [0.0, 0.3]], [[0.1, 0.0], [0.7, 0.6]]])  # image, prompt, mask
 
-    class Disks(MaskField):
+    class Disks(KnownField):
         def __init__(self):
             super().__init__(2, 2, torch.device("cpu"))
 

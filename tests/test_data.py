@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from imedsam.processing.image_processing_imedsam import IMedSamImageProcessor
 from imedsam.processing.processing_imedsam import IMedSamProcessor
-from imedsam.training.augmentation import Augmentation
+from imedsam.training.augmentation import Augmentation, copy_paste
 from imedsam.training.data import (
     EpochSampler,
     PromptedSegmentationDataset,
@@ -300,6 +300,55 @@ def test_an_object_that_leaves_the_picture_brings_the_pair_back():
     assert any(new_mask is not mask for _, new_mask in results)
 
 
+def test_copy_paste_puts_the_other_objects_on_top():
+    image, mask = np.full((6, 8, 3), 10, np.uint8), np.zeros((6, 8), np.uint8)
+    mask[0:3, 0:3] = 1
+    other_image, other_mask = np.full((6, 8, 3), 200, np.uint8), np.zeros((6, 8), np.uint8)
+    other_mask[2:5, 2:6] = 2
+    new_image, new_mask = copy_paste(image, mask, other_image, other_mask)
+    assert new_image.dtype == np.uint8 and new_mask.dtype == np.uint8
+    np.testing.assert_array_equal(new_mask, np.where(other_mask == 2, 2, mask))
+    np.testing.assert_array_equal(new_image, np.where(other_mask == 2, 200, 10)[..., None].repeat(3, axis=2))
+    assert (image == 10).all() and mask.sum() == 9
+
+
+def test_copy_paste_between_pictures_of_other_sizes():
+    mask, other_mask = np.zeros((60, 80), np.uint8), np.zeros((40, 40), np.uint8)
+    other_mask[10:30, 20:40] = 1
+    image, other_image = np.full((30, 40), 1000, np.uint16), np.full((20, 20), 5000, np.uint16)
+    new_image, new_mask = copy_paste(image, mask, other_image, other_mask)
+    assert new_image.shape == (30, 40) and new_image.dtype == np.uint16
+    expected = np.zeros((60, 80), np.uint8)
+    expected[15:45, 40:80] = 1
+    np.testing.assert_array_equal(new_mask, expected)
+    assert new_image[15, 30] == 5000 and new_image[15, 10] == 1000
+    assert ((new_image > 3000) == (expected[::2, ::2] > 0)).mean() > 0.95
+
+
+def test_copy_paste_leaves_a_grey_image_alone_beside_a_coloured_one():
+    image, mask = np.zeros((6, 6), np.uint8), np.zeros((6, 6), np.uint8)
+    new_image, new_mask = copy_paste(image, mask, np.ones((6, 6, 3), np.uint8), np.ones((6, 6), np.uint8))
+    assert new_image is image and new_mask is mask
+
+
+def test_items_get_the_objects_of_other_images(folder):
+    examples = load_examples(str(folder), "train")
+    options = {"augmentation": "none", "box_jitter": 0, "num_points": 2000, "uniform_share": 1.0}
+    plain, pasted, half = (
+        PromptedSegmentationDataset(examples, make_processor(), copy_paste=share, **options) for share in (0, 1, 0.5)
+    )
+    areas = [item["labels"].mean().item() for item in (plain[0], plain[1], plain[2])]
+    grown, mixed = 0, []
+    for epoch in range(10):
+        pasted.set_epoch(epoch), half.set_epoch(epoch)
+        assert_equal_items(pasted[0], pasted[0])
+        share = pasted[0]["labels"].mean().item()
+        assert areas[0] - 0.05 < share < sum(areas) + 0.05
+        grown += share > areas[0] + 0.02
+        mixed.append(not torch.equal(half[0]["pixel_values"], plain[0]["pixel_values"]))
+    assert grown and any(mixed) and not all(mixed)
+
+
 # Reading data sets
 
 
@@ -457,6 +506,7 @@ def test_wrong_options_are_refused(folder):
         "point_weighting": "some",
         "supervision": "all",
         "augmentation": "wild",
+        "copy_paste": 1.5,
     }.items():
         with pytest.raises(ValueError, match=f"Expected {name}"):
             PromptedSegmentationDataset(examples, make_processor(), **{name: value})

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import imedsam.mask_field
 import imedsam.rendering
 from imedsam.implicit_decoder import ClassLinear, CoordinateEncoding, HiddenLinear, ImplicitDecoder, fourier_features
 from imedsam.mask_field import ImplicitMaskField
 from imedsam.prompt_fusion import Prompts
+from imedsam.uncertainty import selection_threshold
 
 CHANNELS, EMBEDDING = 4, 32  # of the tiny SAM: features per point, and of a prompt
 
@@ -372,6 +374,26 @@ def test_dropout_acts_while_training_alone(make_field):
     assert not torch.equal(field.values(points).coarse_logits, field.values(points).coarse_logits)
     field.decoder.eval()
     assert torch.equal(field.values(points).coarse_logits, field.values(points).coarse_logits)
+
+
+@torch.no_grad()
+def test_the_threshold_is_taken_once(make_field, monkeypatch):
+    field, taken = make_field(), []
+    monkeypatch.setattr(
+        imedsam.mask_field, "selection_threshold", lambda *args: taken.append(1) or selection_threshold(*args)
+    )
+    for _ in range(2):
+        field.render((20, 20)), field.values(random_points(10)), field.render((5, 5), mode="exact")
+    assert len(taken) == 1
+
+
+@torch.no_grad()
+def test_the_field_of_some_prompts(make_field):
+    field, points = make_field(num_labels=2), random_points(50)
+    expected, rows = field.values(points), torch.tensor([5, 1, 2])
+    values = field.at(rows).values(points.flatten(0, 1)[rows, None])
+    for name, value in vars(values).items():
+        assert_close(value, getattr(expected, name).flatten(0, 1)[rows, None])
 
 
 def test_gradients_reach_everything(make_field):

@@ -4,16 +4,17 @@ import math
 
 import pytest
 import torch
+from known_fields import KnownField
 from torch.testing import assert_close
 
 import imedsam.rendering
-from imedsam.mask_field import FieldValues, InterpolatedMaskField, MaskField
+from imedsam.mask_field import FieldValues, InterpolatedMaskField
 from imedsam.rendering import RENDER_MODES, RenderedMasks, pixel_centres, render
 
 SQUARE = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])
 
 
-class Plane(MaskField):
+class Plane(KnownField):
     """2 images, 3 prompts: logits 10 x + y + 100 image + 1000 prompt."""
 
     def __init__(self):
@@ -58,7 +59,7 @@ def test_render(monkeypatch, tile_points):
     assert_close(masks.logits, expected)
     assert_close(masks.coarse_logits, expected + 1)
     assert_close(masks.uncertainty, expected + 2)
-    assert sum(field.asked) == 15 and max(field.asked) == min(15, max(1, tile_points // 6))
+    assert sum(field.asked) == 6 * 15 and max(field.asked) == min(15, max(1, tile_points // 6))
 
 
 def test_render_a_region():
@@ -76,7 +77,7 @@ def test_render_a_region():
 # Adaptive rendering
 
 
-class Shapes(MaskField):
+class Shapes(KnownField):
     """
     2 images, 2 prompts, 2 classes. The logit is 20 times the signed distance to a few disks that get smaller from
     prompt to prompt; where x > 0.35, there is a jump.
@@ -127,7 +128,7 @@ def test_the_share_of_points_falls_with_the_size():
 def test_a_thin_line_that_is_found_once_is_followed():
     """Most of a diagonal line a pixel wide falls between the points of the first lattice."""
 
-    class Line(MaskField):
+    class Line(KnownField):
         def __init__(self):
             super().__init__(1, 1, torch.device("cpu"))
 
@@ -141,7 +142,7 @@ def test_a_thin_line_that_is_found_once_is_followed():
     assert adaptive.num_points < 0.1 * exact.num_points
 
 
-class Disks(MaskField):
+class Disks(KnownField):
     """A small disk per prompt, and no sign of it beside it."""
 
     def __init__(self, radius, centre):
@@ -182,7 +183,7 @@ def test_a_small_structure_in_its_box_is_found(size, diameter):
 def test_a_doubtful_place_is_not_smoothed_over():
     """Uncertainty without a change of sign, larger than the first lattice's cells."""
 
-    class Doubt(MaskField):
+    class Doubt(KnownField):
         def values(self, coordinates, point_areas=None):
             distance = coordinates.norm(dim=-1)[:, :, None]
             logits = -0.5 - 5 * (10 * distance - 1).clamp(0, 1)
@@ -192,6 +193,28 @@ def test_a_doubtful_place_is_not_smoothed_over():
     exact, adaptive = (render(field, (896, 896), mode=mode) for mode in RENDER_MODES)
     assert_close(adaptive.uncertainty, exact.uncertainty, atol=imedsam.rendering.UNCERTAINTY_TOLERANCE, rtol=0)
     assert adaptive.num_points < 0.05 * exact.num_points
+
+
+@pytest.mark.parametrize("mode", RENDER_MODES)
+def test_prompts_in_chunks(monkeypatch, mode):
+    region = torch.tensor([[-0.9, -0.5, 0.7, 1.0], [0.0, 0.0, 1.0, 1.0]])
+    together = render(Shapes(), (150, 200), region, mode)
+    monkeypatch.setattr(imedsam.rendering, "PROMPTS_AT_ONCE", 3)
+    parts = render(Shapes(), (150, 200), region, mode)
+    for name, values in vars(together).items():
+        assert_close(getattr(parts, name), values)
+
+
+def test_points_of_very_different_numbers_per_prompt():
+    """Each at its place, and few more evaluated than there are."""
+    counts = torch.tensor([5, 0, 3000, 10, 9000, 8999])
+    rows = torch.arange(6).repeat_interleave(counts)
+    points = torch.rand(len(rows), 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    field = Plane()
+    expected = 10 * points[:, 0] + points[:, 1] + 100 * (rows // 3) + 1000 * (rows % 3)
+    values = imedsam.rendering.evaluate_points(field, rows, points)
+    assert_close(values, torch.stack([expected, expected + 1, expected + 2])[:, None])
+    assert len(rows) <= sum(field.asked) < 1.3 * len(rows)
 
 
 def test_rendered_maps_are_each_their_own():

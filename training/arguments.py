@@ -50,6 +50,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--label_size", type=positive_int, help="Side of the dense labels; the model's square by default.")
     add("--box_jitter", type=less_than_half, default=0.1, help="Largest move of a box's side, as a share of the box.")
     add("--augmentation", choices=STRENGTHS, default="strong")
+    add("--copy_paste", type=share, default=0.0, help="Share of the images that get another image's objects too.")
     add("--per_device_train_batch_size", type=positive_int, default=4)
     add("--per_device_eval_batch_size", type=positive_int, default=4)
     add("--learning_rate", type=not_negative, default=1e-3, help="Of the fields and the frequency gates.")

@@ -1,8 +1,9 @@
-"""Training augmentation: MONAI's transforms on an image and its mask together, a function of the seed alone."""
+"""Training augmentation: MONAI's transforms on an image and its mask together, and copy-paste between two images."""
 
 import math
 
 import numpy as np
+from PIL import Image
 
 STRENGTHS = ("none", "light", "strong")
 
@@ -49,6 +50,39 @@ class Augmentation:
         if np.issubdtype(image.dtype, np.integer):
             new_image = new_image.round()
         return new_image.astype(image.dtype), new_mask
+
+
+def copy_paste(
+    image: np.ndarray, mask: np.ndarray, other_image: np.ndarray, other_mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Puts the objects of another image on top of this one's, stretched to its size (Ghiasi et al., CVPR 2021): the way
+    to several objects in one box where a data set has few of them.
+
+    Args:
+        image: (H, W) or (H, W, 3); `mask` (H', W') covers the same area. The others may have other sizes.
+
+    Returns:
+        The new image and mask in this image's types and sizes; unchanged if the other image is of another type, as a
+        grey one beside a coloured one.
+    """
+    if image.dtype != other_image.dtype or image.ndim != other_image.ndim:
+        return image, mask
+    pasted = _resize(other_mask, mask.shape, Image.Resampling.NEAREST)
+    other_image = _resize(other_image, image.shape[:2], Image.Resampling.BILINEAR)
+    alpha = _resize((other_mask > 0).astype(np.float32), image.shape[:2], Image.Resampling.BILINEAR)
+    alpha = alpha.reshape(*alpha.shape, *[1] * (image.ndim - 2))
+    new_image = image + alpha * (other_image - image.astype(np.float32))
+    if np.issubdtype(image.dtype, np.integer):
+        new_image = new_image.round()
+    return new_image.astype(image.dtype), np.where(pasted > 0, pasted, mask).astype(mask.dtype)
+
+
+def _resize(array, size, resampling):
+    """An array (H, W) or (H, W, C) at `size` (H, W), in float32."""
+    channels = np.atleast_3d(array).astype(np.float32).transpose(2, 0, 1)
+    resized = [np.asarray(Image.fromarray(channel).resize(size[::-1], resampling)) for channel in channels]
+    return np.stack(resized, axis=-1).reshape(*size, *array.shape[2:])
 
 
 def _seeded(transforms, seed):

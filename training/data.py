@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from imedsam.training.augmentation import Augmentation
+from imedsam.training.augmentation import Augmentation, copy_paste
 from imedsam.training.examples import Examples, label_values
 from imedsam.training.metrics import box_from_mask
 
@@ -32,6 +32,7 @@ class PromptedSegmentationDataset(Dataset):
         point_weighting: "importance" (weights undo the sampling: weighted means are means over the image) or "none".
         box_jitter: each side of a box moves by up to this share of the box's width or height, in or out; in [0, 0.5).
         augmentation: "none", "light" or "strong".
+        copy_paste: probability, in [0, 1], that the objects of another image are pasted onto an image.
         supervision: "points", or "dense": labels at the pixel centres of a `label_size` square over `pixel_values`.
     """
 
@@ -45,6 +46,7 @@ class PromptedSegmentationDataset(Dataset):
         point_weighting: str = "importance",
         box_jitter: float = 0.1,
         augmentation: str = "strong",
+        copy_paste: float = 0.0,
         supervision: str = "points",
         label_size: int = 384,
         seed: int = 0,
@@ -55,6 +57,8 @@ class PromptedSegmentationDataset(Dataset):
             raise ValueError(
                 f"Expected box_jitter in [0, 0.5), got {box_jitter}: a larger one can turn a box inside out."
             )
+        if not 0 <= copy_paste <= 1:
+            raise ValueError(f"Expected copy_paste in [0, 1], got {copy_paste}.")
         if point_weighting not in ("importance", "none"):
             raise ValueError(f'Expected point_weighting "importance" or "none", got {point_weighting!r}.')
         if supervision not in ("points", "dense"):
@@ -66,6 +70,7 @@ class PromptedSegmentationDataset(Dataset):
         self.point_weighting = point_weighting
         self.box_jitter = box_jitter
         self.augment = Augmentation(augmentation)
+        self.copy_paste = copy_paste
         self.supervision = supervision
         self.label_size = label_size
         self.seed = seed
@@ -86,9 +91,9 @@ class PromptedSegmentationDataset(Dataset):
             `point_areas` and `point_weights` (P, N), or `labels` (P, label_size, label_size).
         """
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
-        example = self.examples[index]
-        image = _shrink(example["image"], self.processor.image_processor.size["height"])
-        image, mask = self.augment(_to_array(image), example["mask"], seed=int(rng.integers(2**32)))
+        image, mask = self._augmented(index, rng)
+        if self.copy_paste and rng.random() < self.copy_paste:
+            image, mask = copy_paste(image, mask, *self._augmented(int(rng.integers(len(self))), rng))
         classes, masks = split_by_class(mask)
         boxes = np.stack([jitter_box(box_from_mask(m), self.box_jitter, mask.shape, rng) for m in masks])
         item = encode(self.processor, image, mask.shape, boxes, classes)
@@ -104,6 +109,11 @@ class PromptedSegmentationDataset(Dataset):
             "point_areas": areas,
             "point_weights": areas if self.point_weighting == "importance" else torch.ones_like(areas),
         }
+
+    def _augmented(self, index, rng):
+        example = self.examples[index]
+        image = _shrink(example["image"], self.processor.image_processor.size["height"])
+        return self.augment(_to_array(image), example["mask"], seed=int(rng.integers(2**32)))
 
 
 class EpochSampler(Sampler[int]):

@@ -281,6 +281,7 @@ def get_dataloaders(args: argparse.Namespace, examples: Examples, processor: IMe
         point_weighting=args.point_weighting,
         box_jitter=args.box_jitter,
         augmentation=args.augmentation,
+        copy_paste=args.copy_paste,
         supervision=args.supervision,
         label_size=args.label_size or processor.image_processor.size["height"],
         seed=args.seed,
