@@ -14,15 +14,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
+from known_fields import KnownField
 from PIL import Image
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
-from imedsam.mask_field import FieldValues, MaskField
+from imedsam.mask_field import FieldValues
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.image_processing_imedsam import IMedSamImageProcessor
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.training import checkpoints, train
 from imedsam.training.arguments import parse_args, parse_config
+from imedsam.training.averaging import WeightAverage
 from imedsam.training.evaluation import class_means, evaluate_masks, floor_metrics, sample_mask
 from imedsam.training.examples import load_examples
 
@@ -263,8 +266,10 @@ def test_a_run_without_a_best_model_says_so(run, monkeypatch):
         run("--max_train_steps", 1)
 
 
-def test_resuming_from_epochs_keeps_history_and_best(run, monkeypatch):
-    flags = "--num_train_epochs 3 --per_device_train_batch_size 4 --learning_rate 1e-2".split()
+@pytest.mark.parametrize("ema_decay", [0, 0.5])
+def test_resuming_from_epochs_keeps_history_and_best(run, monkeypatch, ema_decay):
+    flags = "--num_train_epochs 3 --per_device_train_batch_size 4 --learning_rate 1e-2 --ema_decay".split()
+    flags += [ema_decay]
     straight = run(*flags, name="straight")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 6)
@@ -273,6 +278,35 @@ def test_resuming_from_epochs_keeps_history_and_best(run, monkeypatch):
     resumed = run(*flags, "--resume_from_checkpoint", straight.with_name("resumed") / "step_4", name="resumed")
     assert_equal_runs(straight, resumed, step=6)
     assert read(straight)["best_epoch"] == read(resumed)["best_epoch"]
+
+
+def test_what_is_validated_and_kept_is_the_average_of_the_weights(run):
+    flags = "--max_train_steps 2 --per_device_train_batch_size 4 --checkpointing_steps 1 --learning_rate 1e-2".split()
+    output = run(*flags, "--ema_decay", 0.25)
+    first, second = (load_file(output / f"step_{step}" / "model.safetensors") for step in (1, 2))
+    kept = IMedSamModel.from_pretrained(output)
+    moved = 0
+    for name, value in kept.named_parameters():
+        assert_close(value, 0.25 * first[name] + 0.75 * second[name], msg=name)
+        moved += not torch.equal(first[name], second[name])
+    assert moved > 10
+    plain = read(run(*flags, name="plain"))
+    assert plain["history"][0]["loss"] == read(output)["history"][0]["loss"]  # training itself is the same
+    assert plain["validation"] != read(output)["validation"]
+
+
+def test_a_moving_average_by_hand():
+    weight = torch.nn.Parameter(torch.tensor([1.0, 8.0]))
+    average = WeightAverage([weight], decay=0.75)
+    for value in ([2.0, 8.0], [6.0, 0.0], [0.0, 4.0]):
+        weight.data = torch.tensor(value)
+        average.update()
+    with average.applied():
+        assert_close(weight.data, torch.tensor([0.75 * (0.75 * 2 + 0.25 * 6), 0.75 * (0.75 * 8) + 0.25 * 4]))
+    assert_close(weight.data, torch.tensor([0.0, 4.0]))
+    with pytest.raises(Interrupted), average.applied():
+        raise Interrupted
+    assert_close(weight.data, torch.tensor([0.0, 4.0]))
 
 
 def test_checkpoints_that_cannot_continue_the_same_run(run, caplog, tmp_path):
@@ -446,6 +480,7 @@ def test_config_flags(sam_folder, capsys):
         ("--max_grad_norm 0", "Expected a number above 0, got '0'"),
         ("--uniform_share 2", r"Expected a number in \[0, 1\], got '2'"),
         ("--box_jitter 0.9", r"Expected a number in \[0, 0.5\), got '0.9'"),
+        ("--ema_decay 1", r"Expected a number in \[0, 1\), got '1'"),
         ("--config num_labels=2", "num_labels follows from the data"),
         ("--config lora_rnk=8", "argument --config: .*lora_rnk"),
         ("--config lora_rank=many", "argument --config: .*lora_rank"),
@@ -503,7 +538,7 @@ def test_the_frequency_ratio_is_of_the_image_without_its_padding(sam_folder):
 # Evaluation
 
 
-class BoxField(MaskField):
+class BoxField(KnownField):
     """Foreground within the prompts' boxes, a field with known metrics."""
 
     def __init__(self, boxes, side):

@@ -74,6 +74,12 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--num_warmup_steps", type=non_negative_int, default=0)
     add("--max_grad_norm", type=positive, default=1.0)
     add(
+        "--ema_decay",
+        type=less_than_one,
+        default=0.0,
+        help="Validate and keep the weights' moving average over about 1 / (1 - EMA_DECAY) steps; 0 is none.",
+    )
+    add(
         "--coarse_ramp_epochs",
         type=not_negative,
         default=5,
@@ -130,6 +136,10 @@ def not_negative(value: str) -> float:
 
 def share(value: str) -> float:
     return _float_if(lambda number: 0 <= number <= 1, "in [0, 1]", value)
+
+
+def less_than_one(value: str) -> float:
+    return _float_if(lambda number: 0 <= number < 1, "in [0, 1)", value)
 
 
 def less_than_half(value: str) -> float:

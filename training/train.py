@@ -12,6 +12,7 @@ resumed ends with the same weights as one that was not.
 import argparse
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.image_processing_imedsam import IMedSamImageProcessor
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.training.arguments import parse_args
+from imedsam.training.averaging import WeightAverage
 from imedsam.training.checkpoints import TrainerState, recover_folder, resume, save_checkpoint, save_model
 from imedsam.training.data import EpochSampler, PromptedSegmentationDataset, collate_prompts
 from imedsam.training.evaluation import class_means, evaluate_masks, floor_metrics
@@ -78,17 +80,23 @@ def main(argv: list[str] | None = None) -> None:
     scheduler = accelerator.prepare(
         get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, args.max_train_steps)
     )
+    average = None
+    if args.ema_decay:
+        average = WeightAverage((p for p in model.parameters() if p.requires_grad), args.ema_decay)
+        accelerator.register_for_checkpointing(average.average)
     if args.with_tracking:
         scalars = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers("imedsam", config=scalars)
     state = resume(accelerator, args)
-    train(accelerator, model, processor, train_loader, examples["validation"], optimizer, scheduler, args, state)
+    train(
+        accelerator, model, processor, train_loader, examples["validation"], optimizer, scheduler, average, args, state
+    )
     finish(accelerator, processor, examples, args, state)
     accelerator.end_training()
     accelerator.free_memory()
 
 
-def train(accelerator, model, processor, train_loader, validation, optimizer, scheduler, args, state) -> None:
+def train(accelerator, model, processor, train_loader, validation, optimizer, scheduler, average, args, state) -> None:
     """Trains from `state` on; evaluates, keeps the best weights and saves checkpoints on the way."""
     bar = tqdm(
         total=args.max_train_steps,
@@ -98,7 +106,7 @@ def train(accelerator, model, processor, train_loader, validation, optimizer, sc
     )
     # A run stopped between its last step and its last validation has batches behind it and no step before it.
     while state.epoch < args.num_train_epochs and (state.global_step < args.max_train_steps or state.batch):
-        train_epoch(accelerator, model, train_loader, optimizer, scheduler, args, state, bar)
+        train_epoch(accelerator, model, train_loader, optimizer, scheduler, average, args, state, bar)
         row = {
             "epoch": state.epoch,
             "step": state.global_step,
@@ -110,12 +118,13 @@ def train(accelerator, model, processor, train_loader, validation, optimizer, sc
         last = state.epoch + 1 >= args.num_train_epochs or state.global_step >= args.max_train_steps
         if last or (state.epoch + 1) % args.eval_every == 0:
             options = {"output_size": args.evaluation_size, "mode": None}
-            table = evaluate(accelerator, model, processor, validation, args, **options)
-            row["validation"] = table.mean()
-            row["frequency_ratio"] = get_frequency_ratio(accelerator, model, processor, validation)
-            if row["validation"]["dice"] > state.best_score:
-                state.best_score, state.best_epoch = row["validation"]["dice"], state.epoch
-                save_model(accelerator, model, processor, Path(args.output_dir) / "best")
+            with average.applied() if average else nullcontext():
+                table = evaluate(accelerator, model, processor, validation, args, **options)
+                row["validation"] = table.mean()
+                row["frequency_ratio"] = get_frequency_ratio(accelerator, model, processor, validation)
+                if row["validation"]["dice"] > state.best_score:
+                    state.best_score, state.best_epoch = row["validation"]["dice"], state.epoch
+                    save_model(accelerator, model, processor, Path(args.output_dir) / "best")
             show_progress(bar, row["loss"], state)
             accelerator.log(flatten({"validation": row["validation"]}), step=state.global_step)
             accelerator.log(flatten({"frequency_ratio": row["frequency_ratio"]}), step=state.global_step)
@@ -127,7 +136,7 @@ def train(accelerator, model, processor, train_loader, validation, optimizer, sc
     bar.close()
 
 
-def train_epoch(accelerator, model, train_loader, optimizer, scheduler, args, state, bar) -> None:
+def train_epoch(accelerator, model, train_loader, optimizer, scheduler, average, args, state, bar) -> None:
     """One epoch, or what is left of it."""
     model.train()
     if state.global_step >= args.max_train_steps:
@@ -148,6 +157,8 @@ def train_epoch(accelerator, model, train_loader, optimizer, scheduler, args, st
             optimizer.step()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 scheduler.step()
+                if average:
+                    average.update()
             optimizer.zero_grad()
         loss = accelerator.reduce(loss.detach(), "mean").item()
         if not math.isfinite(loss):

@@ -1,0 +1,104 @@
+"""
+Encoder: what the adapters cost beside SAM's own ViT-B, merged and not, in float32 and bfloat16, at three image sizes;
+and what a mask costs once the image is encoded. The encoders' weights are random; the fields are a trained model's.
+
+    python benchmarks/encoder.py
+
+About 10 minutes on two cores, of which 1024 pixels take most; 6 GB of memory.
+"""
+
+import torch
+from harness import Goals, finish, measure, parse_args, ratio, trained_pipeline
+from matplotlib.figure import Figure
+from transformers import SamConfig, SamVisionModel
+
+from imedsam import IMedSamConfig, IMedSamModel
+from imedsam.training.metrics import box_from_mask
+
+SIZES = (384, 512, 1024)
+
+
+def main() -> None:
+    args = parse_args(__doc__)
+    pipeline, examples, what = trained_pipeline(args)
+    goals, rows = Goals(), []
+    for size in (128,) if args.quick else SIZES:
+        rows.append(measure_size(size, pipeline, examples[0], rounds=3 if args.quick or size > 512 else 7))
+        print(f"{size}: { ({k: v for k, v in rows[-1].items() if not isinstance(v, dict)}) }", flush=True)
+    if not args.quick:
+        first = rows[0]
+        goals.at_most("adapters' price at 384, merged", 100 * (first["merged_over_stock"] - 1), 8, " %")
+        goals.at_most("adapters' price at 384, not merged", 100 * (first["unmerged_over_stock"] - 1), 8, " %")
+        goals.at_most("image to mask at 384", first["image_to_mask_over_stock"], 1.2, " encoders")
+        goals.at_most("a new box at 384", 100 * first["box_over_stock"], 12, " % of the encoder")
+    else:
+        goals.at_most("adapters' price at 128, merged", 100 * (rows[0]["merged_over_stock"] - 1), 50, " %")
+    finish("encoder", args, {"fields": what, "sizes": rows}, goals, plot(rows))
+
+
+@torch.no_grad()
+def measure_size(size, pipeline, example, rounds) -> dict:
+    config = IMedSamConfig(
+        sam_config=SamConfig(
+            vision_config={"image_size": size, "initializer_range": 0.02, "scale": 1.0},
+            prompt_encoder_config={"image_size": size},
+        ).to_dict()
+    )
+    stock = SamVisionModel(config.sam_config.vision_config).eval()
+    unmerged, merged = IMedSamModel(config), IMedSamModel(config)
+    for model in (unmerged, merged):
+        model.add_adapter()
+        model.eval()
+    merged = merged.merge_and_unload()
+    pixels = torch.randn(1, 3, size, size)
+    encoders = {
+        "stock": lambda: stock(pixels).last_hidden_state,
+        "unmerged": lambda: unmerged.get_image_embeddings(pixels),
+        "merged": lambda: merged.get_image_embeddings(pixels),
+    }
+
+    def in_bfloat16(function):
+        with torch.autocast("cpu", torch.bfloat16):
+            return function()
+
+    functions = {**encoders, **{f"{name}, bf16": lambda f=f: in_bfloat16(f) for name, f in encoders.items()}}
+    inputs, embeddings = prompt_inputs(pipeline, example)
+
+    def answer_a_box():
+        return pipeline.model.get_mask_field(embeddings, **inputs).render((size, size))
+
+    def image_to_mask():
+        merged.get_image_embeddings(pixels)
+        return answer_a_box()
+
+    times = measure({**functions, "box": answer_a_box, "image to mask": image_to_mask}, rounds)
+    ratios = {f"{name}_over_stock": ratio(times[name], times["stock"]) for name in ("merged", "unmerged", "box")}
+    ratios["image_to_mask_over_stock"] = ratio(times["image to mask"], times["stock"])
+    ratios["bf16_over_fp32"] = ratio(times["merged, bf16"], times["merged"])
+    return {"size": size, **ratios, **times}
+
+
+def prompt_inputs(pipeline, example):
+    box = [list(map(float, box_from_mask(example["mask"] > 0)))]
+    inputs = pipeline.processor(images=[example["image"]], input_boxes=[box], return_tensors="pt")
+    embeddings = pipeline.model.get_image_embeddings(inputs["pixel_values"], inputs["reshaped_input_sizes"])
+    return {key: inputs[key] for key in ("input_boxes", "reshaped_input_sizes")}, embeddings
+
+
+def plot(rows) -> Figure:
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    names = ("stock", "merged", "unmerged", "stock, bf16", "merged, bf16", "unmerged, bf16", "image to mask", "box")
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        places = [position + index * width for position in range(len(rows))]
+        axes.bar(places, [row[name]["seconds"] / row["stock"]["seconds"] for row in rows], width, label=name)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks([position + 0.4 for position in range(len(rows))], [f"{row['size']} px" for row in rows])
+    axes.set(ylabel="time, SAM's own encoder being 1", title="ViT-B, one image")
+    axes.legend(ncols=2, fontsize="small")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""
+Rendering: time, memory and agreement of the decoder as the authors evaluate it, of exact and of adaptive rendering,
+and of SAM's own mask decoder with bilinear upsampling, at output sizes from 128 to 4096.
+
+    python benchmarks/rendering.py
+
+About 25 minutes on two cores, of which the reference takes most; 12 GB of memory.
+"""
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from authors_decoder import AuthorsDecoder, memory_needed
+from harness import (
+    Goals,
+    as_new,
+    available_memory,
+    finish,
+    make_field,
+    matrix_rate,
+    measure,
+    parse_args,
+    peak_memory,
+    ratio,
+    trained_pipeline,
+)
+from matplotlib.figure import Figure
+from scipy.ndimage import distance_transform_edt
+from torch.utils.flop_counter import FlopCounterMode
+
+from imedsam.training.evaluation import sample_mask
+from imedsam.training.metrics import dice
+
+SIZES = (128, 256, 384, 896, 2048, 4096)
+NEAR = 2  # pixels
+
+
+def main() -> None:
+    args = parse_args(__doc__)
+    pipeline, examples, what = trained_pipeline(args)
+    fields = [make_field(pipeline, example) for example in examples]
+    sizes = (128, 256) if args.quick else SIZES
+    reference, rate = AuthorsDecoder(), matrix_rate()
+    rows = [
+        measure_size(size, pipeline, fields, examples, reference, rate, once=args.quick or size > 896)
+        for size in sizes
+    ]
+    goals = Goals()
+    largest = {row["size"]: row for row in rows}
+    if not args.quick:
+        row = largest[896]
+        goals.at_least("exact at 896 against the reference", row["reference_over_exact"], 6, " times faster")
+        goals.at_most("exact at 896 against its own matrix products", row["exact_over_products"], 1.3, " times")
+        goals.at_most("memory of exact at 896", row["exact"]["peak_bytes"] / 1e9, 1, " GB")
+        goals.at_least("adaptive at 896 against the reference", row["reference_over_adaptive"], 80, " times faster")
+        goals.at_least("equal pixels at 896", 100 * row["equal"], 99.99, " %")
+        goals.at_least("equal pixels near the boundary at 896", 100 * row["equal_near_boundary"], 98, " %")
+        goals.at_most("Dice difference at 896", 100 * row["dice_difference"], 0.05, " points")
+    else:
+        goals.at_least("equal pixels at 256", 100 * largest[256]["equal"], 99.9, " %")
+        goals.at_least("exact at 256 against the reference", largest[256]["reference_over_exact"], 3, " times faster")
+    results = {"images": what, "num_images": len(fields), "matrix_gflops": rate / 1e9, "sizes": rows}
+    finish("rendering", args, results, goals, plot(rows))
+
+
+@torch.no_grad()
+def measure_size(size, pipeline, fields, examples, reference, rate, once) -> dict:
+    """Times on the first image; agreement on all of them, on the first one alone at the largest sizes."""
+    output, first = (size, size), fields[0]
+    mask_decoder = pipeline.model.mask_decoder
+
+    def stock():
+        logits = mask_decoder.predict(first.features, mask_decoder.mask_tokens.weight[:1])
+        return F.interpolate(logits, output, mode="bilinear", align_corners=False)
+
+    functions = {
+        "exact": lambda: as_new(first).render(output, mode="exact"),
+        "adaptive": lambda: as_new(first).render(output, mode="adaptive"),
+        "SAM's mask decoder": stock,
+    }
+    if memory_needed(size**2) < 0.9 * available_memory():
+        reference.eval()
+        functions = {"reference": functools.partial(reference, first.features, first.prompt, output), **functions}
+    row: dict = {"size": size}
+    for name, function in functions.items():
+        row[name] = {"peak_bytes": peak_memory(function)}
+    for name, times in measure(functions, rounds=1 if once else 3, warm_up=0 if once else 1).items():
+        row[name] |= times
+    for name in ("exact", "adaptive"):
+        row[name]["points"] = functions[name]().num_points
+        if "reference" in functions:
+            row[f"reference_over_{name}"] = ratio(row["reference"], row[name])
+    with FlopCounterMode(display=False) as counter:
+        functions["exact"]()
+    row["exact_over_products"] = row["exact"]["seconds"] / (counter.get_total_flops() / rate)
+    row["adaptive_share"] = row["adaptive"]["points"] / row["exact"]["points"]
+    chosen = list(zip(fields, examples, strict=False))[: 1 if once else None]
+    agreements = [agreement(field, example, output) for field, example in chosen]
+    row |= {key: float(np.mean([a[key] for a in agreements])) for key in agreements[0]}
+    row["images_compared"] = len(agreements)
+    print(f"{size}: { ({k: v for k, v in row.items() if not isinstance(v, dict)}) }", flush=True)
+    return row
+
+
+def agreement(field, example, output) -> dict[str, float]:
+    exact, adaptive = ((field.render(output, mode=mode).logits[0, 0, 0] > 0).numpy() for mode in ("exact", "adaptive"))
+    truth = sample_mask(example["mask"] > 0, output)
+    distance = np.maximum(distance_transform_edt(exact), distance_transform_edt(~exact))
+    equal, near = exact == adaptive, distance <= NEAR
+    return {
+        "equal": equal.mean(),
+        "equal_near_boundary": equal[near].mean() if near.any() else 1.0,
+        "dice_difference": abs(dice(exact, truth) - dice(adaptive, truth)),
+    }
+
+
+def plot(rows) -> Figure:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    for name in ("reference", "exact", "adaptive", "SAM's mask decoder"):
+        measured = [row for row in rows if name in row]
+        sizes = [row["size"] for row in measured]
+        time.loglog(sizes, [row[name]["seconds"] for row in measured], marker="o", label=name)
+        if measured and measured[0][name]["peak_bytes"] is not None:
+            memory.loglog(sizes, [row[name]["peak_bytes"] / 1e9 for row in measured], marker="o", label=name)
+    time.set(xlabel="output size (pixels a side)", ylabel="seconds", title="One mask, image encoded before")
+    memory.set(xlabel="output size (pixels a side)", ylabel="peak memory (GB)", title="Above what the encoder left")
+    for axes in (time, memory):
+        axes.set_xticks([row["size"] for row in rows], [str(row["size"]) for row in rows])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    time.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    main()

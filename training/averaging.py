@@ -1,0 +1,43 @@
+"""The moving average of the weights while training."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+class WeightAverage:
+    """
+    The exponential moving average of some weights, (1 - decay) sum_i decay^i w_(t - i) from the first update on. Small
+    data sets make single steps noisy, and the average is what is worth validating and keeping.
+
+    Args:
+        parameters: the trained ones; the optimiser keeps changing them.
+        decay: in [0, 1).
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
+        self.parameters = nn.ParameterList(parameters)
+        # A module, so that it can be registered for checkpoints.
+        self.average = AveragedModel(self.parameters, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def update(self) -> None:
+        """After every step of the optimiser."""
+        self.average.update_parameters(self.parameters)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it, the model has the averaged weights."""
+        trained = [parameter.detach().clone() for parameter in self.parameters]
+        self._set(list(self.average.module))
+        try:
+            yield
+        finally:
+            self._set(trained)
+
+    @torch.no_grad()
+    def _set(self, values):
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
