@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.implicit_decoder import FineField, ImplicitDecoder
-from imedsam.rendering import RenderedMasks, pixel_centres, render
+from imedsam.rendering import RenderedMasks, pixel_centres, render, split_in_tiles
 from imedsam.uncertainty import (
     closed_form_variance,
     dropout_masks,
@@ -158,8 +158,12 @@ class ImplicitMaskField(MaskField):
         """
         side = self.config.selection_lattice
         lattice = pixel_centres((side, side), self.lattice_region).repeat_interleave(self.num_prompts, dim=0)
-        # Prompts are taken one by one, so that memory does not grow with their number.
-        uncertainty = torch.cat([self._coarse(lattice[r : r + 1], slice(r, r + 1))[3] for r in range(len(lattice))])
+        # Prompts are taken one by one, and in tiles, so that memory grows with neither their number nor the lattice.
+        rows = [
+            torch.cat([self._coarse(tile, slice(row, row + 1))[3] for tile in split_in_tiles(points[None])], dim=-1)
+            for row, points in enumerate(lattice)
+        ]
+        uncertainty = torch.cat(rows)
         return selection_threshold(uncertainty, self.config.selection_share)
 
     def eval(self) -> "ImplicitMaskField":

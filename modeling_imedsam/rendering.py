@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from imedsam.mask_field import MaskField
 
 RENDER_MODES = ("exact", "adaptive")
-# Points times prompts that are evaluated at once: few enough for their hidden vectors to stay in a processor's cache.
-TILE_POINTS = 4096
+# Points times prompts that are evaluated at once: on a CPU few enough for their hidden vectors to stay in its cache,
+# on an accelerator enough to keep it busy.
+TILE_POINTS = 2048
+ACCELERATOR_TILE_POINTS = 65536
 PROMPTS_AT_ONCE = 32
 # The first lattice of adaptive rendering has at least so many cells along the grid's longer side.
 FIRST_CELLS = 48
@@ -262,7 +264,7 @@ def evaluate_points(field: MaskField, rows: Tensor, coordinates: Tensor) -> Tens
     starts, start, tiles, order = counts.cumsum(0) - counts, 0, [], []
     # Every prompt's points from `start` on; a prompt drops out when its points are used up.
     while len(active := (counts > start).nonzero()[:, 0]):
-        number = max(1, TILE_POINTS // len(active))
+        number = _tile_length(field.device, len(active))
         left = counts[active] - start
         if (fewest := int(left.min())) >= number // 4:
             number = min(number, fewest)
@@ -278,9 +280,18 @@ def evaluate_points(field: MaskField, rows: Tensor, coordinates: Tensor) -> Tens
 
 def _evaluate(field: MaskField, coordinates: Tensor) -> Tensor:
     """Logits, coarse logits and uncertainty at (B, P, N, 2), tile by tile: (3, B, P, M, N)."""
-    tiles = coordinates.split(max(1, TILE_POINTS // (field.batch_size * field.num_prompts)), dim=2)
-    values = [field.values(tile) for tile in tiles]
+    prompts = field.batch_size * field.num_prompts
+    values = [field.values(tile) for tile in split_in_tiles(coordinates, prompts)]
     return torch.cat([torch.stack([v.logits, v.coarse_logits, v.uncertainty]) for v in values], dim=-1)
+
+
+def split_in_tiles(coordinates: Tensor, prompts: int = 1) -> tuple[Tensor, ...]:
+    """(..., N, 2), which so many prompts are asked for, in parts of bounded memory."""
+    return coordinates.split(_tile_length(coordinates.device, prompts), dim=-2)
+
+
+def _tile_length(device: torch.device, prompts: int) -> int:
+    return max(1, (TILE_POINTS if device.type == "cpu" else ACCELERATOR_TILE_POINTS) // prompts)
 
 
 def pixel_centres(size: Sequence[int], region: Tensor) -> Tensor:
