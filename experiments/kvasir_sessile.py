@@ -31,13 +31,13 @@ from imedsam.training.train import main as train
 
 SEEDS = (0, 1, 2)
 RECIPE = (
-    "--num_train_epochs {epochs} --per_device_train_batch_size 2 --num_points 2500 --uniform_share 0.3 "
-    "--point_weighting none --box_jitter 0.03 --evaluation_size 128 --eval_every 3 --mixed_precision bf16 "
-    "--learning_rate 1e-3 --adapter_learning_rate 1e-3 --resume_from_checkpoint latest"
+    "--per_device_train_batch_size 2 --num_points 2500 --uniform_share 0.3 --point_weighting none --box_jitter 0.03 "
+    "--copy_paste 0.3 --learning_rate 1e-3 --adapter_learning_rate 1e-3 --ema_decay 0.997 --mixed_precision bf16 "
+    "--evaluation_size 128 --eval_every 3 --resume_from_checkpoint latest"
 )
 STARTS = {
-    "medical": "--augmentation light",
-    "ImageNet": "--augmentation strong --encoder_learning_rate 2e-4 --num_warmup_steps 50 "
+    "medical": "--num_train_epochs 36 --augmentation light --weight_decay 0.1 --config lora_rank=16 lora_alpha=16",
+    "ImageNet": "--num_train_epochs 40 --augmentation strong --encoder_learning_rate 2e-4 --num_warmup_steps 50 "
     "--config lora_rank=0 train_image_encoder=true train_mask_decoder=true",
 }
 RUNS = {f"{start}-{seed}": (start, seed, "") for start in STARTS for seed in SEEDS}
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=root / "data" / "kvasir_sessile")
     parser.add_argument("--medical", default=str(root / "checkpoints" / "medical-tiny-sam-384"))
     parser.add_argument("--imagenet", default=str(root / "checkpoints" / "deit-tiny-sam-384"))
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, help="By default those of the recipe.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/kvasir_sessile"))
     parser.add_argument("--runs", nargs="*", choices=list(RUNS), help="Only these, such as medical-0; all by default.")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -61,7 +61,8 @@ def main() -> None:
     for name in args.runs or RUNS:
         start, seed, extra = RUNS[name]
         folder = args.output_dir / name
-        flags = f"{RECIPE.format(epochs=args.epochs)} {STARTS[start]} {extra} --seed {seed}".split()
+        flags = f"{RECIPE} {STARTS[start]} {extra} --seed {seed}".split()
+        flags += ["--num_train_epochs", str(args.epochs)] if args.epochs else []
         flags += ["--model_name_or_path", checkpoints[start], "--dataset_name", str(args.data)]
         flags += ["--output_dir", str(folder)]
         if not (folder / "metrics.json").exists():

@@ -11,7 +11,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = N
     Args:
         logits: (..., N), one probability per point by a sigmoid.
         labels: (..., N), 0 or 1.
-        weights: (..., N), importance weights of the points; equal ones by default.
+        weights: (..., N), importance weights of the points, of mean 1 over the draws; 1 by default.
 
     Returns:
         (...,).
@@ -20,11 +20,13 @@ def segmentation_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = N
 
 
 def cross_entropy_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Weighted mean over the points of the binary cross entropy, (..., N) -> (...,)."""
+    """
+    Mean over the points of the weighted binary cross entropy, (..., N) -> (...,). Weights that are the inverse of the
+    density which the points were drawn from make it an unbiased estimate of the mean over the image; the Dice loss, a
+    ratio of such means, is a consistent one.
+    """
     loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    if weights is None:
-        return loss.mean(dim=-1)
-    return (weights * loss).sum(dim=-1) / weights.sum(dim=-1).clamp_min(1e-12)
+    return (loss if weights is None else weights * loss).mean(dim=-1)
 
 
 def dice_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, smooth: float = 1e-5) -> Tensor:

@@ -6,12 +6,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from imedsam.losses import cross_entropy_loss, dice_loss
 from imedsam.processing.image_processing_imedsam import IMedSamImageProcessor
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.training.augmentation import Augmentation, copy_paste
 from imedsam.training.data import (
     EpochSampler,
     PromptedSegmentationDataset,
+    boundary_band,
     collate_prompts,
     dense_labels,
     jitter_box,
@@ -83,33 +85,63 @@ def test_point_labels_are_the_mask_at_the_pixel_that_holds_the_point(folder, pro
 
 
 def test_points_fill_their_pixels():
-    points, _ = sample_points(np.array([[2.0, 2, 8, 6]]), (10, 12), 20000, 0.5, np.random.default_rng(0))
+    mask = disk(10, 12, 5, 4, 2) == 1
+    points, _ = sample_points([mask], np.array([[2.0, 2, 8, 6]]), 30000, 0.3, 0.3, np.random.default_rng(0))
     within = points - np.floor(points)
     np.testing.assert_allclose(within.mean(axis=(0, 1)), 0.5, atol=0.01)
     np.testing.assert_allclose(within.std(axis=(0, 1)), 12**-0.5, atol=0.01)
 
 
-@pytest.mark.parametrize("uniform_share", [0.1, 0.5, 1.0])
-def test_importance_weights_estimate_the_area(uniform_share):
-    mask = disk(80, 100, 30, 50, 17)
-    box = np.array([box_from_mask(mask == 1)])
-    num_points = 40000
-    points, density = sample_points(box, mask.shape, num_points, uniform_share, np.random.default_rng(1))
-    labels = labels_at([mask], points)[0]
-    weights = (1 / density[0]) / (1 / density[0]).mean()
-    error = (weights * labels).std() / num_points**0.5
-    assert abs((weights * labels).mean() - mask.mean()) < 4 * error
-    if uniform_share < 1:
-        assert labels.mean() > 2 * mask.mean()  # the points themselves are dense at the object
+SHARES = [(0.1, 0.0), (0.5, 0.0), (1.0, 0.0), (0.2, 0.5), (0.3, 0.7), (0.05, 0.9)]
 
 
-def test_point_weights_have_mean_one_or_are_one(folder):
+@pytest.mark.parametrize(("uniform_share", "boundary_share"), SHARES)
+def test_sampled_losses_are_those_of_every_pixel(uniform_share, boundary_share):
+    """The cross entropy without bias, however few points; the Dice loss as their number grows."""
+    mask = disk(80, 100, 30, 50, 17) == 1
+    box = np.array([box_from_mask(mask)])
+    rows, columns = np.mgrid[:80, :100]
+    logits = np.sin(rows / 9) * 2 + np.cos(columns / 13) * 3 - 1.0
+    dense = [torch.from_numpy(values).double().flatten() for values in (logits, mask)]
+
+    def sampled(loss, num_points, seed):
+        rng = np.random.default_rng(seed)
+        points, density = sample_points([mask], box, num_points, uniform_share, boundary_share, rng)
+        values = [torch.from_numpy(labels_at([of], points)[0]).double() for of in (logits, mask)]
+        return loss(*values, torch.from_numpy(1 / density[0])).item()
+
+    few = np.array([sampled(cross_entropy_loss, 20, seed) for seed in range(4000)])
+    assert abs(few.mean() - cross_entropy_loss(*dense).item()) < 4 * few.std() / len(few) ** 0.5
+    assert few.std() > 0.02  # so that the line above says something
+    assert sampled(dice_loss, 200000, 0) == pytest.approx(dice_loss(*dense).item(), abs=0.005)
+
+
+def test_points_gather_where_they_are_asked_for():
+    mask = disk(80, 100, 30, 50, 17) == 1
+    box, band = np.array([box_from_mask(mask)]), boundary_band(mask)
+    for uniform_share, boundary_share in SHARES:
+        points, _ = sample_points([mask], box, 5000, uniform_share, boundary_share, np.random.default_rng(1))
+        near = labels_at([band], points)[0].mean()
+        assert (near > 0.95 * boundary_share) and (near < boundary_share + 0.35)
+        assert labels_at([mask], points)[0].mean() > (2 if uniform_share <= 0.5 else 0.9) * mask.mean()
+
+
+def test_the_band_around_a_boundary_by_hand():
+    mask = np.zeros((100, 50), bool)
+    mask[:, 20:] = True
+    band = boundary_band(mask)  # 2 % of 100: two pixels to either side, and none along the image's edges
+    assert (band == (np.abs(np.arange(50) - 19.5) < 2)).all()
+    assert boundary_band(np.ones((5, 5), bool)).all()
+
+
+def test_point_weights_undo_the_sampling_or_are_one(folder):
     examples = load_examples(str(folder), "train")
     for weighting in ("importance", "none"):
-        item = PromptedSegmentationDataset(examples, make_processor(), num_points=200, point_weighting=weighting)[1]
-        assert item["point_weights"].mean().item() == pytest.approx(1, abs=1e-5)
-        assert (item["point_weights"] == 1).all() == (weighting == "none")
+        item = PromptedSegmentationDataset(examples, make_processor(), num_points=2000, point_weighting=weighting)[1]
+        assert item["point_areas"].mean().item() == pytest.approx(1, abs=0.05)
         assert item["point_areas"].std() > 0.1  # of the selection, however the loss is weighted
+        expected = item["point_areas"] if weighting == "importance" else torch.ones(1, 2000)
+        assert torch.equal(item["point_weights"], expected)
 
 
 def test_box_jitter_goes_both_ways_and_stays_in_bounds():
@@ -507,6 +539,7 @@ def test_wrong_options_are_refused(folder):
         "supervision": "all",
         "augmentation": "wild",
         "copy_paste": 1.5,
+        "boundary_share": 0.6,
     }.items():
         with pytest.raises(ValueError, match=f"Expected {name}"):
             PromptedSegmentationDataset(examples, make_processor(), **{name: value})

@@ -44,7 +44,13 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     )
     add("--config", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="IMedSamConfig values, as JSON.")
     add("--num_points", type=positive_int, default=4096, help="Supervised points per prompt.")
-    add("--uniform_share", type=share, default=0.5, help="Share of them from the whole image, not around the box.")
+    add(
+        "--uniform_share",
+        type=share,
+        default=0.5,
+        help="Share of them from the whole image; the others are from around the box.",
+    )
+    add("--boundary_share", type=share, default=0.0, help="Share of them from near the object's boundary.")
     add("--point_weighting", choices=("importance", "none"), default="importance")
     add("--supervision", choices=("points", "dense"), default="points")
     add("--label_size", type=positive_int, help="Side of the dense labels; the model's square by default.")
@@ -103,6 +109,11 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         IMedSamConfig(**args.config)
     except (TypeError, ValueError, StrictDataclassError) as error:
         parser.error(f"argument --config: {error}")
+    if args.uniform_share + args.boundary_share > 1:
+        parser.error(
+            f"argument --boundary_share: Expected at most 1 - uniform_share = {1 - args.uniform_share:g}, got "
+            f"{args.boundary_share:g}"
+        )
     args.lr_scheduler_type = args.lr_scheduler_type.value
     return args
 

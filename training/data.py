@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from PIL import Image
+from scipy.ndimage import maximum_filter, minimum_filter
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -14,6 +15,8 @@ from imedsam.training.metrics import box_from_mask
 
 # The points that are not drawn from the whole image are drawn from the prompt's box with its sides this much longer.
 BOX_GROWTH = 0.3
+# What counts as near an object's boundary, as a share of the image's longer side.
+BAND = 0.02
 
 
 class PromptedSegmentationDataset(Dataset):
@@ -27,8 +30,9 @@ class PromptedSegmentationDataset(Dataset):
         examples: the images and masks; none of the masks may be empty (see `without_empty_masks`).
         processor: an `IMedSamProcessor`.
         num_points: N, points per prompt.
-        uniform_share: share of the points drawn from the whole image, in [0, 1]; the others come from the prompt's box
-            grown by 30 %.
+        uniform_share: share of the points drawn from the whole image, in [0, 1].
+        boundary_share: share drawn from near the object's boundary; what is left comes from the prompt's box grown by
+            30 %.
         point_weighting: "importance" (weights undo the sampling: weighted means are means over the image) or "none".
         box_jitter: each side of a box moves by up to this share of the box's width or height, in or out; in [0, 0.5).
         augmentation: "none", "light" or "strong".
@@ -43,6 +47,7 @@ class PromptedSegmentationDataset(Dataset):
         *,
         num_points: int = 4096,
         uniform_share: float = 0.5,
+        boundary_share: float = 0.0,
         point_weighting: str = "importance",
         box_jitter: float = 0.1,
         augmentation: str = "strong",
@@ -53,6 +58,10 @@ class PromptedSegmentationDataset(Dataset):
     ):
         if not 0 <= uniform_share <= 1:
             raise ValueError(f"Expected uniform_share in [0, 1], got {uniform_share}.")
+        if not 0 <= boundary_share <= 1 - uniform_share:
+            raise ValueError(
+                f"Expected boundary_share from 0 to 1 - uniform_share = {1 - uniform_share:g}, got {boundary_share}."
+            )
         if not 0 <= box_jitter < 0.5:
             raise ValueError(
                 f"Expected box_jitter in [0, 0.5), got {box_jitter}: a larger one can turn a box inside out."
@@ -67,6 +76,7 @@ class PromptedSegmentationDataset(Dataset):
         self.processor = processor
         self.num_points = num_points
         self.uniform_share = uniform_share
+        self.boundary_share = boundary_share
         self.point_weighting = point_weighting
         self.box_jitter = box_jitter
         self.augment = Augmentation(augmentation)
@@ -100,8 +110,8 @@ class PromptedSegmentationDataset(Dataset):
         side, reshaped = item["pixel_values"].shape[-1], item["reshaped_input_sizes"].tolist()
         if self.supervision == "dense":
             return {**item, "labels": dense_labels(masks, self.label_size, side, reshaped)}
-        points, density = sample_points(boxes, mask.shape, self.num_points, self.uniform_share, rng)
-        areas = torch.from_numpy(1 / density / (1 / density).mean(axis=1, keepdims=True)).float()
+        points, density = sample_points(masks, boxes, self.num_points, self.uniform_share, self.boundary_share, rng)
+        areas = torch.from_numpy(1 / density).float()
         return {
             **item,
             "coordinates": torch.from_numpy(model_coordinates(points, mask.shape, side, reshaped)).float(),
@@ -205,29 +215,49 @@ def jitter_box(box: Sequence[float], jitter: float, size: tuple[int, int], rng: 
 
 
 def sample_points(
-    boxes: np.ndarray, size: tuple[int, int], num_points: int, uniform_share: float, rng: np.random.Generator
+    masks: Sequence[np.ndarray],
+    boxes: np.ndarray,
+    num_points: int,
+    uniform_share: float,
+    boundary_share: float,
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Draws points for each box: the first `uniform_share` of them from the whole image, the others from the grown box.
+    Draws points for each object: the first `uniform_share` of them from the whole image, the last `boundary_share`
+    from the band around the object's boundary, the others from its grown box.
 
     Args:
-        boxes: (P, 4) in pixels of the image.
-        size: (H, W) of the image.
+        masks: P of (H, W), bool.
+        boxes: (P, 4) in pixels of the masks.
 
     Returns:
         Points (P, N, 2), (x, y) in pixels, and the density (P, N) they were drawn from, relative to a uniform one.
     """
-    limit = np.array(size[::-1], dtype=float)
-    num_uniform = round(uniform_share * num_points)
+    limit = np.array(masks[0].shape[::-1], dtype=float)
+    num_uniform, num_boundary = round(uniform_share * num_points), round(boundary_share * num_points)
+    num_around = num_points - num_uniform - num_boundary
     margin = (boxes[:, 2:] - boxes[:, :2]) * BOX_GROWTH / 2
     low = np.clip(boxes[:, :2] - margin, 0, limit)[:, None]
     high = np.clip(boxes[:, 2:] + margin, 0, limit)[:, None]
     everywhere = rng.random((len(boxes), num_uniform, 2)) * limit
-    around = low + rng.random((len(boxes), num_points - num_uniform, 2)) * (high - low)
+    around = low + rng.random((len(boxes), num_around, 2)) * (high - low)
     points = np.concatenate([everywhere, around], axis=1)
+    density = np.full(points.shape[:2], num_uniform / num_points)
+    if num_boundary:
+        bands = [boundary_band(mask) for mask in masks]
+        pixels = [np.argwhere(band)[rng.integers(band.sum(), size=num_boundary), ::-1] for band in bands]
+        points = np.concatenate([points, np.stack(pixels) + rng.random((len(boxes), num_boundary, 2))], axis=1)
+        areas = np.array([[band.mean()] for band in bands])
+        density = num_uniform / num_points + labels_at(bands, points) * (num_boundary / num_points / areas)
     inside = ((points >= low) & (points <= high)).all(axis=-1)
-    share = num_uniform / num_points
-    return points, share + (1 - share) * inside * (limit.prod() / (high - low).prod(axis=-1))
+    return points, density + inside * (num_around / num_points * limit.prod() / (high - low).prod(axis=-1))
+
+
+def boundary_band(mask: np.ndarray) -> np.ndarray:
+    """The pixels within `BAND` of the longer side from a mask's boundary, (H, W), bool; all where there is none."""
+    size = 2 * max(1, round(BAND * max(mask.shape))) + 1
+    band = maximum_filter(mask, size, mode="nearest") != minimum_filter(mask, size, mode="nearest")
+    return band if band.any() else np.ones_like(mask, dtype=bool)
 
 
 def labels_at(masks: Sequence[np.ndarray], points: np.ndarray) -> np.ndarray:

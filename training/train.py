@@ -289,6 +289,7 @@ def get_dataloaders(args: argparse.Namespace, examples: Examples, processor: IMe
         processor,
         num_points=args.num_points,
         uniform_share=args.uniform_share,
+        boundary_share=args.boundary_share,
         point_weighting=args.point_weighting,
         box_jitter=args.box_jitter,
         augmentation=args.augmentation,
