@@ -357,6 +357,17 @@ def test_copy_paste_between_pictures_of_other_sizes():
     assert ((new_image > 3000) == (expected[::2, ::2] > 0)).mean() > 0.95
 
 
+def test_copy_paste_shrinks_and_moves():
+    mask, other_mask = np.zeros((40, 80), np.uint8), np.zeros((40, 80), np.uint8)
+    other_mask[10:30, 20:60] = 1
+    image, other_image = np.zeros((40, 80), np.uint8), np.full((40, 80), 90, np.uint8)
+    new_image, new_mask = copy_paste(image, mask, other_image, other_mask, scale=0.5, corner=(0.25, 0.5))
+    expected = np.zeros((40, 80), np.uint8)
+    expected[20 + 5 : 20 + 15, 20 + 10 : 20 + 30] = 1
+    np.testing.assert_array_equal(new_mask, expected)
+    assert np.abs(new_image.astype(float) - 90.0 * expected).mean() < 1 and new_image.max() == 90
+
+
 def test_copy_paste_leaves_a_grey_image_alone_beside_a_coloured_one():
     image, mask = np.zeros((6, 6), np.uint8), np.zeros((6, 6), np.uint8)
     new_image, new_mask = copy_paste(image, mask, np.ones((6, 6, 3), np.uint8), np.ones((6, 6), np.uint8))

@@ -53,14 +53,21 @@ class Augmentation:
 
 
 def copy_paste(
-    image: np.ndarray, mask: np.ndarray, other_image: np.ndarray, other_mask: np.ndarray
+    image: np.ndarray,
+    mask: np.ndarray,
+    other_image: np.ndarray,
+    other_mask: np.ndarray,
+    scale: float = 1.0,
+    corner: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Puts the objects of another image on top of this one's, stretched to its size (Ghiasi et al., CVPR 2021): the way
-    to several objects in one box where a data set has few of them.
+    Puts the objects of another image on top of this one's (Ghiasi et al., CVPR 2021): the way to several objects in
+    one box, and to small ones, where a data set has few of them.
 
     Args:
         image: (H, W) or (H, W, 3); `mask` (H', W') covers the same area. The others may have other sizes.
+        scale: of the other image's sides, in (0, 1], as a share of this one's.
+        corner: where the other image's upper left corner comes to lie, (x, y) as shares of this one's sides.
 
     Returns:
         The new image and mask in this image's types and sizes; unchanged if the other image is of another type, as a
@@ -68,9 +75,9 @@ def copy_paste(
     """
     if image.dtype != other_image.dtype or image.ndim != other_image.ndim:
         return image, mask
-    pasted = _resize(other_mask, mask.shape, Image.Resampling.NEAREST)
-    other_image = _resize(other_image, image.shape[:2], Image.Resampling.BILINEAR)
-    alpha = _resize((other_mask > 0).astype(np.float32), image.shape[:2], Image.Resampling.BILINEAR)
+    pasted = _place(other_mask, mask.shape, scale, corner, Image.Resampling.NEAREST)
+    other_image = _place(other_image, image.shape[:2], scale, corner, Image.Resampling.BILINEAR)
+    alpha = _place((other_mask > 0).astype(np.float32), image.shape[:2], scale, corner, Image.Resampling.BILINEAR)
     alpha = alpha.reshape(*alpha.shape, *[1] * (image.ndim - 2))
     new_image = image + alpha * (other_image - image.astype(np.float32))
     if np.issubdtype(image.dtype, np.integer):
@@ -78,11 +85,15 @@ def copy_paste(
     return new_image.astype(image.dtype), np.where(pasted > 0, pasted, mask).astype(mask.dtype)
 
 
-def _resize(array, size, resampling):
-    """An array (H, W) or (H, W, C) at `size` (H, W), in float32."""
+def _place(array, size, scale, corner, resampling):
+    """An array (H, W) or (H, W, C) shrunk onto a canvas of `size` (H, W) that is 0 elsewhere, in float32."""
+    height, width = (max(1, round(scale * side)) for side in size)
+    left, top = (round(share * side) for share, side in zip(corner, size[::-1], strict=True))
     channels = np.atleast_3d(array).astype(np.float32).transpose(2, 0, 1)
-    resized = [np.asarray(Image.fromarray(channel).resize(size[::-1], resampling)) for channel in channels]
-    return np.stack(resized, axis=-1).reshape(*size, *array.shape[2:])
+    small = [np.asarray(Image.fromarray(channel).resize((width, height), resampling)) for channel in channels]
+    canvas = np.zeros((*size, len(channels)), np.float32)
+    canvas[top : top + height, left : left + width] = np.stack(small, axis=-1)[: size[0] - top, : size[1] - left]
+    return canvas.reshape(*size, *array.shape[2:])
 
 
 def _seeded(transforms, seed):

@@ -15,6 +15,8 @@ from imedsam.training.metrics import box_from_mask
 
 # The points that are not drawn from the whole image are drawn from the prompt's box with its sides this much longer.
 BOX_GROWTH = 0.3
+# Pasted objects are shrunk to this share of their size at most.
+SMALLEST_PASTE = 0.4
 # What counts as near an object's boundary, as a share of the image's longer side.
 BAND = 0.02
 
@@ -103,7 +105,9 @@ class PromptedSegmentationDataset(Dataset):
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
         image, mask = self._augmented(index, rng)
         if self.copy_paste and rng.random() < self.copy_paste:
-            image, mask = copy_paste(image, mask, *self._augmented(int(rng.integers(len(self))), rng))
+            other = self._augmented(int(rng.integers(len(self))), rng)
+            scale = rng.uniform(SMALLEST_PASTE, 1)
+            image, mask = copy_paste(image, mask, *other, scale, (1 - scale) * rng.random(2))
         classes, masks = split_by_class(mask)
         boxes = np.stack([jitter_box(box_from_mask(m), self.box_jitter, mask.shape, rng) for m in masks])
         item = encode(self.processor, image, mask.shape, boxes, classes)
