@@ -62,7 +62,7 @@ def main() -> None:
         goals.at_least("equal pixels at 256", 100 * largest[256]["equal"], 99.9, " %")
         goals.at_least("exact at 256 against the reference", largest[256]["reference_over_exact"], 3, " times faster")
     results = {"images": what, "num_images": len(fields), "matrix_gflops": rate / 1e9, "sizes": rows}
-    finish("rendering", args, results, goals, plot(rows))
+    finish("rendering", args, results, goals, plot(rows, fields[0], examples[0]))
 
 
 @torch.no_grad()
@@ -116,9 +116,10 @@ def agreement(field, example, output) -> dict[str, float]:
     }
 
 
-def plot(rows) -> Figure:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    time, memory = figure.subplots(1, 2)
+def plot(rows, field, example) -> Figure:
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    picture, time, memory = figure.subplots(1, 3)
+    draw_points(picture, field, example)
     for name in ("reference", "exact", "adaptive", "SAM's mask decoder"):
         measured = [row for row in rows if name in row]
         sizes = [row["size"] for row in measured]
@@ -133,6 +134,23 @@ def plot(rows) -> Figure:
         axes.grid(alpha=0.3)
     time.legend()
     return figure
+
+
+def draw_points(axes, field, example, size=384) -> None:
+    """Where adaptive rendering evaluates the field, over the image, with the mask's outline."""
+    asked, recorder = [], as_new(field)
+
+    def values(coordinates, point_areas=None):
+        asked.append(coordinates.reshape(-1, 2))
+        return field.values(coordinates, point_areas)
+
+    recorder.values = values
+    mask = (recorder.render((size, size), mode="adaptive").logits[0, 0, 0] > 0).numpy()
+    x, y = ((torch.cat(asked) + 1) * size / 2).T.numpy()
+    axes.imshow(example["image"].resize((size, size)), cmap="gray", extent=(0, size, size, 0))
+    axes.scatter(x, y, s=1, color="cyan", linewidths=0)
+    axes.contour(np.arange(size) + 0.5, np.arange(size) + 0.5, mask, [0.5], colors="red", linewidths=1)
+    axes.set(title=f"{len(x)} points for {size} x {size} pixels", xlim=(0, size), ylim=(size, 0), xticks=[], yticks=[])
 
 
 if __name__ == "__main__":

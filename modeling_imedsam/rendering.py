@@ -264,10 +264,11 @@ def evaluate_points(field: MaskField, rows: Tensor, coordinates: Tensor) -> Tens
     starts, start, tiles, order = counts.cumsum(0) - counts, 0, [], []
     # Every prompt's points from `start` on; a prompt drops out when its points are used up.
     while len(active := (counts > start).nonzero()[:, 0]):
-        number = _tile_length(field.device, len(active))
         left = counts[active] - start
-        if (fewest := int(left.min())) >= number // 4:
-            number = min(number, fewest)
+        fewest, most = left.aminmax()
+        number = min(_tile_length(field.device, len(active)), int(most))
+        if int(fewest) >= number // 4:
+            number = min(number, int(fewest))
         slots = (starts[active] + start)[:, None] + torch.arange(number, device=rows.device)
         valid = torch.arange(number, device=rows.device) < left[:, None]
         part = field if len(active) == len(counts) else field.at(active)

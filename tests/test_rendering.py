@@ -217,6 +217,14 @@ def test_points_of_very_different_numbers_per_prompt():
     assert len(rows) <= sum(field.asked) < 1.3 * len(rows)
 
 
+def test_no_more_points_are_evaluated_than_are_reported():
+    field = Disks(0.3, torch.tensor([[0.1, 0.2]]))
+    asked, values = [], field.values
+    field.values = lambda coordinates, point_areas=None: asked.append(coordinates.shape[2]) or values(coordinates)
+    masks = render(field, (300, 300))
+    assert masks.num_points == sum(asked)
+
+
 def test_rendered_maps_are_each_their_own():
     for mode in RENDER_MODES:
         masks = render(Shapes(), (100, 110), mode=mode)
