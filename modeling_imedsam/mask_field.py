@@ -87,6 +87,10 @@ class MaskField(ABC):
         """This field, refined at the most uncertain ones of a grid's points, (B, P, M, N)."""
         return self
 
+    def uncertainty(self, coordinates: Tensor) -> Tensor:
+        """The uncertainty alone, (B, P, M, N), at coordinates as in `values`."""
+        return self.values(coordinates).uncertainty
+
     def __call__(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and uncertainty at (B, P, N, 2) points (x, y) in [-1, 1]; (B, P, M, N) each."""
         shapes = [(self.batch_size, prompts) for prompts in (self.num_prompts, 1)]
@@ -198,6 +202,11 @@ class ImplicitMaskField(MaskField):
             logits = self._refine(fine, encoded, hidden, coarse, uncertainty > threshold[..., None])
         values = FieldValues(logits, coarse, uncertainty)
         return FieldValues(*(v.unflatten(0, (self.batch_size, self.num_prompts)) for v in vars(values).values()))
+
+    @torch.no_grad()
+    def uncertainty(self, coordinates: Tensor) -> Tensor:
+        points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
+        return self._coarse(points)[3].unflatten(0, (self.batch_size, self.num_prompts))
 
     def _coarse(self, points: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """

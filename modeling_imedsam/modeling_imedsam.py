@@ -18,6 +18,7 @@ from imedsam.mask_field import FieldValues, ImplicitMaskField, InterpolatedMaskF
 from imedsam.pretrained import IMedSamPreTrainedModel
 from imedsam.prompt_fusion import PromptEncoder, PromptFusion, Prompts
 from imedsam.rendering import pixel_centres
+from imedsam.uncertainty import draw_uncertain
 
 
 @dataclass
@@ -89,6 +90,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
         labels: Tensor | None = None,
         point_areas: Tensor | None = None,
         point_weights: Tensor | None = None,
+        num_points: int | None = None,
         coarse_loss_weight: float = 0.5,
         original_sizes: Tensor | None = None,
     ) -> IMedSamOutput:
@@ -107,6 +109,8 @@ class IMedSamModel(IMedSamPreTrainedModel):
                 of points to refine is a share of the area, as it is at test time.
             point_weights: (B, P, N), weights of the points in the loss, equal by default; the areas make its sums
                 those over the whole square.
+            num_points: supervise only so many of the labelled points, drawn by their uncertainty (see
+                [`~imedsam.uncertainty.draw_uncertain`]); areas and, if they are given, weights take account of it.
             coarse_loss_weight: weight of the coarse field's loss; the merged output's has the rest.
             original_sizes: not used; what the processor returns can be passed as it is.
         """
@@ -130,7 +134,9 @@ class IMedSamModel(IMedSamPreTrainedModel):
             )
         output: dict[str, Tensor] = {}
         if labels is not None:
-            values, labels = self._values_at_labels(field, coordinates, labels, point_areas, point_weights)
+            values, labels, point_weights = self._values_at_labels(
+                field, coordinates, labels, point_areas, point_weights, num_points
+            )
             output["loss"] = _mean_loss(values, labels, point_weights, coarse_loss_weight, prompt_attention_mask)
             output["point_logits"] = values.logits
         elif coordinates is not None:
@@ -243,8 +249,9 @@ class IMedSamModel(IMedSamPreTrainedModel):
         labels: Tensor,
         point_areas: Tensor | None,
         point_weights: Tensor | None,
-    ) -> tuple[FieldValues, Tensor]:
-        """The field where the labels are: at the coordinates, or on the labels' grid."""
+        num_points: int | None,
+    ) -> tuple[FieldValues, Tensor, Tensor | None]:
+        """The field where the labels are, at the coordinates or on the labels' grid; the labels, and their weights."""
         shape = (field.batch_size, field.num_prompts)
         if coordinates is None:
             if labels.ndim != 4 or tuple(labels.shape[:2]) != shape:
@@ -265,13 +272,19 @@ class IMedSamModel(IMedSamPreTrainedModel):
                     f"Expected a value for each label, got {name} of shape {tuple(weights.shape)} and labels of shape "
                     f"{tuple(labels.shape)}."
                 )
+        if num_points is not None:
+            chosen, factors = draw_uncertain(field.uncertainty(coordinates)[:, :, 0], num_points)
+            coordinates = coordinates.expand(*shape, -1, -1).gather(2, chosen[..., None].expand(-1, -1, -1, 2))
+            labels = labels.gather(2, chosen)
+            point_areas = factors if point_areas is None else factors * point_areas.gather(2, chosen)
+            point_weights = None if point_weights is None else factors * point_weights.gather(2, chosen)
         values = field.values(coordinates, point_areas)
         if values.logits.shape[2] != 1:
             raise ValueError(
                 f"Expected class_labels with labels and {values.logits.shape[2]} classes, got none: "
                 "say which class the labels of each prompt are of."
             )
-        return values, labels
+        return values, labels, point_weights
 
     def _check_class_labels(self, class_labels: Tensor | None, shape: tuple[int, int]) -> None:
         if class_labels is None:

@@ -93,3 +93,22 @@ def selection_threshold(uncertainty: Tensor, share: float, weights: Tensor | Non
     below, above = (values.gather(-1, r.clamp_max(values.shape[-1] - 1)) for r in (rank, rank + 1))
     # Half way between two points: on a point itself, rounding would decide whether it is selected.
     return ((below + above) / 2).squeeze(-1)
+
+
+def draw_uncertain(uncertainty: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
+    """
+    Draws some of the points, half of them evenly and half in proportion to their uncertainty, with replacement. In
+    contrast to taking the most uncertain ones (PointRend, Kirillov et al., CVPR 2020), a draw has a density, and so
+    weights that undo it.
+
+    Args:
+        uncertainty: (..., N).
+
+    Returns:
+        Indices (..., num_points) and weights (..., num_points), at most 2: weighted means over the drawn points are
+        unbiased estimates of means over all.
+    """
+    density = uncertainty + uncertainty.mean(dim=-1, keepdim=True) + 1e-12
+    density = density / density.mean(dim=-1, keepdim=True)
+    indices = density.flatten(0, -2).multinomial(num_points, replacement=True).view(*density.shape[:-1], num_points)
+    return indices, 1 / density.gather(-1, indices)

@@ -345,6 +345,25 @@ def test_the_loss_is_a_mean_over_images_of_means_over_prompts(model, inputs):
         assert_close(masked.loss, ((loss[0, 0] + loss[0, 1]) / 2 + loss[1, 0]) / 2)
 
 
+def test_points_drawn_by_their_uncertainty(model, inputs):
+    points = torch.rand(2, 2, 300, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    labels, weights = (points[..., 0] > 0).long(), torch.rand(2, 2, 300) + 0.5
+    everything = model(**inputs, coordinates=points, labels=labels, point_weights=weights)
+    torch.manual_seed(0)
+    drawn = model(**inputs, coordinates=points, labels=labels, point_weights=weights, num_points=60_000)
+    assert drawn.point_logits.shape == (2, 2, 1, 60_000)
+    assert_close(drawn.loss, everything.loss, atol=0.01, rtol=0)
+    known = everything.point_logits.flatten(0, 2).sort(dim=-1).values
+    place = torch.searchsorted(known, drawn.point_logits.flatten(0, 2) - 1e-4).clamp_max(299)
+    assert_close(known.gather(-1, place), drawn.point_logits.flatten(0, 2), atol=2e-4, rtol=0)
+    field = model.get_mask_field(model.get_image_embeddings(inputs["pixel_values"]), inputs["input_boxes"])
+    few = model(**inputs, coordinates=points, labels=labels, num_points=100).point_logits
+    assert few.shape == (2, 2, 1, 100)
+    assert_close(field.uncertainty(points), field.values(points).uncertainty)
+    on_a_grid = model(**inputs, labels=torch.ones(2, 2, 20, 20), num_points=50)
+    assert on_a_grid.point_logits.shape == (2, 2, 1, 50) and on_a_grid.loss.isfinite()
+
+
 def test_padded_prompts_have_no_influence(model, inputs):
     mask = torch.tensor([[True, True], [True, False]])
     points = torch.rand(2, 2, 30, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1

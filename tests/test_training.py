@@ -266,10 +266,9 @@ def test_a_run_without_a_best_model_says_so(run, monkeypatch):
         run("--max_train_steps", 1)
 
 
-@pytest.mark.parametrize("ema_decay", [0, 0.5])
-def test_resuming_from_epochs_keeps_history_and_best(run, monkeypatch, ema_decay):
-    flags = "--num_train_epochs 3 --per_device_train_batch_size 4 --learning_rate 1e-2 --ema_decay".split()
-    flags += [ema_decay]
+@pytest.mark.parametrize("more", ["", "--ema_decay 0.5 --num_candidates 300 --boundary_share 0.3 --copy_paste 0.5"])
+def test_resuming_from_epochs_keeps_history_and_best(run, monkeypatch, more):
+    flags = f"--num_train_epochs 3 --per_device_train_batch_size 4 --learning_rate 1e-2 {more}".split()
     straight = run(*flags, name="straight")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 6)
@@ -480,6 +479,8 @@ def test_config_flags(sam_folder, capsys):
         ("--max_grad_norm 0", "Expected a number above 0, got '0'"),
         ("--uniform_share 2", r"Expected a number in \[0, 1\], got '2'"),
         ("--box_jitter 0.9", r"Expected a number in \[0, 0.5\), got '0.9'"),
+        ("--num_candidates 10", "argument --num_candidates: Expected at least --num_points = 200, got 10"),
+        ("--boundary_share 0.6", "argument --boundary_share: Expected at most 1 - uniform_share = 0.5, got 0.6"),
         ("--ema_decay 1", r"Expected a number in \[0, 1\), got '1'"),
         ("--config num_labels=2", "num_labels follows from the data"),
         ("--config lora_rnk=8", "argument --config: .*lora_rnk"),

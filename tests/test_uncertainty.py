@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from imedsam.uncertainty import (
     closed_form_variance,
+    draw_uncertain,
     dropout_masks,
     logit_variance,
     monte_carlo_variance,
@@ -151,3 +152,25 @@ def test_weights_of_zero_are_no_points():
     uncertainty, weights = torch.tensor([0.1, 0.9, 0.2, 0.3, 0.4]), torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])
     selected = uncertainty > selection_threshold(uncertainty, 0.25, weights)
     assert selected.tolist() == [False, True, False, False, True]
+
+
+def test_drawn_points_are_the_uncertain_ones_and_their_means_are_unbiased():
+    uncertainty = torch.tensor([0.0, 0.01, 0.03, 0.2]).repeat(2, 3, 5)
+    values = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0)) + torch.tensor([1.0, -2, 3, 0]).repeat(
+        5
+    )
+    torch.manual_seed(0)
+    indices, weights = draw_uncertain(uncertainty, 40_000)
+    assert indices.shape == weights.shape == (2, 3, 40_000)
+    frequency = torch.nn.functional.one_hot(indices % 4, 4).float().mean(dim=2)
+    expected = (torch.tensor([0.0, 0.01, 0.03, 0.2]) + 0.06) / (2 * 0.24)
+    assert_close(frequency, expected.expand(2, 3, 4), atol=0.01, rtol=0)
+    assert 0 < weights.min() and weights.max() <= 2 + 1e-5
+    drawn = weights * values.gather(-1, indices)
+    error = drawn.std(dim=-1) / 40_000**0.5
+    assert ((drawn.mean(dim=-1) - values.mean(dim=-1)).abs() < 4 * error).all()
+
+
+def test_points_of_equal_uncertainty_are_drawn_evenly():
+    _, weights = draw_uncertain(torch.zeros(1, 1, 7), 5)
+    assert_close(weights, torch.ones(1, 1, 5))

@@ -45,6 +45,11 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--config", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="IMedSamConfig values, as JSON.")
     add("--num_points", type=positive_int, default=4096, help="Supervised points per prompt.")
     add(
+        "--num_candidates",
+        type=positive_int,
+        help="Draw so many points per prompt, and supervise --num_points of them, chosen by their uncertainty.",
+    )
+    add(
         "--uniform_share",
         type=share,
         default=0.5,
@@ -113,6 +118,10 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         parser.error(
             f"argument --boundary_share: Expected at most 1 - uniform_share = {1 - args.uniform_share:g}, got "
             f"{args.boundary_share:g}"
+        )
+    if args.num_candidates is not None and args.num_candidates < args.num_points:
+        parser.error(
+            f"argument --num_candidates: Expected at least --num_points = {args.num_points}, got {args.num_candidates}"
         )
     args.lr_scheduler_type = args.lr_scheduler_type.value
     return args

@@ -100,7 +100,8 @@ class PromptedSegmentationDataset(Dataset):
         Returns:
             What the model takes for one image of P prompts, without the batch's axis: the processor's `pixel_values`,
             `input_boxes`, `class_labels`, ..., and `coordinates` (P, N, 2) (x, y) in model coordinates with `labels`,
-            `point_areas` and `point_weights` (P, N), or `labels` (P, label_size, label_size).
+            `point_areas` and, with importance weighting, `point_weights` (P, N), or `labels`
+            (P, label_size, label_size).
         """
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
         image, mask = self._augmented(index, rng)
@@ -116,13 +117,12 @@ class PromptedSegmentationDataset(Dataset):
             return {**item, "labels": dense_labels(masks, self.label_size, side, reshaped)}
         points, density = sample_points(masks, boxes, self.num_points, self.uniform_share, self.boundary_share, rng)
         areas = torch.from_numpy(1 / density).float()
-        return {
-            **item,
-            "coordinates": torch.from_numpy(model_coordinates(points, mask.shape, side, reshaped)).float(),
-            "labels": torch.from_numpy(labels_at(masks, points)).float(),
-            "point_areas": areas,
-            "point_weights": areas if self.point_weighting == "importance" else torch.ones_like(areas),
-        }
+        item["coordinates"] = torch.from_numpy(model_coordinates(points, mask.shape, side, reshaped)).float()
+        item["labels"] = torch.from_numpy(labels_at(masks, points)).float()
+        item["point_areas"] = areas
+        if self.point_weighting == "importance":
+            item["point_weights"] = areas
+        return item
 
     def _augmented(self, index, rng):
         example = self.examples[index]

@@ -144,13 +144,14 @@ def train_epoch(accelerator, model, train_loader, optimizer, scheduler, average,
     train_loader.set_epoch(state.epoch)
     loader = skip_first_batches(train_loader, state.batch) if state.batch else train_loader
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_points = args.num_points if args.num_candidates else None
     started_at = time.perf_counter()
     for batch in loader:
         del batch["original_sizes"]
         seed_step(args.seed, state.epoch, state.batch, accelerator.process_index)
         weight = get_coarse_loss_weight(args, state.epoch, state.batch, len(train_loader))
         with accelerator.accumulate(model):
-            loss = model(**batch, coarse_loss_weight=weight).loss
+            loss = model(**batch, num_points=num_points, coarse_loss_weight=weight).loss
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
@@ -287,7 +288,7 @@ def get_dataloaders(args: argparse.Namespace, examples: Examples, processor: IMe
     dataset = PromptedSegmentationDataset(
         examples,
         processor,
-        num_points=args.num_points,
+        num_points=args.num_candidates or args.num_points,
         uniform_share=args.uniform_share,
         boundary_share=args.boundary_share,
         point_weighting=args.point_weighting,
