@@ -31,17 +31,19 @@ from imedsam.training.train import main as train
 
 SEEDS = (0, 1, 2)
 RECIPE = (
-    "--per_device_train_batch_size 2 --num_points 2500 --uniform_share 0.3 --point_weighting none --box_jitter 0.03 "
-    "--copy_paste 0.3 --learning_rate 1e-3 --adapter_learning_rate 1e-3 --ema_decay 0.997 --mixed_precision bf16 "
-    "--evaluation_size 128 --eval_every 3 --resume_from_checkpoint latest"
+    "--per_device_train_batch_size 2 --num_points 2500 --uniform_share 0.3 --point_weighting none --box_jitter 0.01 "
+    "--copy_paste 0.3 --learning_rate 1e-3 --adapter_learning_rate 1e-3 --weight_decay 0.1 --ema_decay 0.997 "
+    "--mixed_precision bf16 --evaluation_size 128 --eval_every 3 --resume_from_checkpoint latest"
 )
 STARTS = {
-    "medical": "--num_train_epochs 36 --augmentation light --weight_decay 0.1 --config lora_rank=16 lora_alpha=16",
+    "medical": "--num_train_epochs 44 --augmentation light --encoder_learning_rate 2e-4 "
+    "--config lora_rank=16 lora_alpha=16 train_mask_decoder=true",
     "ImageNet": "--num_train_epochs 40 --augmentation strong --encoder_learning_rate 2e-4 --num_warmup_steps 50 "
     "--config lora_rank=0 train_image_encoder=true train_mask_decoder=true",
 }
 RUNS = {f"{start}-{seed}": (start, seed, "") for start in STARTS for seed in SEEDS}
 RUNS["medical-0-no-prompt-frame"] = ("medical", 0, "--config prompt_frame=false")
+BOXES = {"exact": 0.0, "jittered by 3 %": 0.03}
 METRICS = {"dice": 100, "iou": 100, "hd": 1, "hd95": 1}
 
 
@@ -68,8 +70,8 @@ def main() -> None:
         if not (folder / "metrics.json").exists():
             train(flags)
         refuse_another_recipe(folder, flags)
-        if args.test:
-            score_test(folder, args.data)
+        for split in ("validation", "test") if args.test else ("validation",):
+            score(folder, args.data, split)
         record(name, folder, args.results)
     print_tables(json.loads(args.results.read_text())["runs"])
 
@@ -85,33 +87,30 @@ def refuse_another_recipe(folder: Path, flags: list[str]) -> None:
         )
 
 
-def score_test(folder: Path, data: Path) -> None:
-    """Scores the test split with the model of the best validation epoch, and draws eight of its images; once."""
-    if (folder / "test.json").exists():
+def score(folder: Path, data: Path, split: str) -> None:
+    """Scores a split with the model of the best validation epoch, once, and draws eight of its images."""
+    if (folder / f"{split}.json").exists():
         return
-    pipeline = IMedSamPipeline.from_pretrained(folder)
-    test = load_examples(str(data), "test")
-    tables = {"exact boxes": evaluate_masks(pipeline.model, pipeline.processor, test)}
-    tables["boxes jittered by 3 %"] = evaluate_masks(pipeline.model, pipeline.processor, test, box_jitter=0.03)
-    tables |= floor_metrics(test)
-    draw(pipeline, test, folder / "test.png", range(0, len(test), max(1, len(test) // 8))[:8])
-    write_json(folder / "test.json", {name: table.mean() for name, table in tables.items()})
+    pipeline, examples = IMedSamPipeline.from_pretrained(folder), load_examples(str(data), split)
+    tables = {
+        f"boxes {name}": evaluate_masks(pipeline.model, pipeline.processor, examples, box_jitter=jitter)
+        for name, jitter in BOXES.items()
+    }
+    tables |= floor_metrics(examples)
+    draw(pipeline, examples, folder / f"{split}.png", range(0, len(examples), max(1, len(examples) // 8))[:8])
+    write_json(folder / f"{split}.json", {name: table.mean() for name, table in tables.items()})
 
 
 def record(run: str, folder: Path, path: Path) -> None:
     """Adds a finished run's scores to the JSON file of all of them, where runs of other days and machines stay."""
     report = json.loads((folder / "metrics.json").read_text())
-    jittered = {"boxes jittered by 3 %": report["validation_jittered"]}
-    result = {
-        "date": report["date"],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "validation": {"exact boxes": report["validation"], **jittered, **report["floors"]},
-    }
+    result = {"date": report["date"], "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     result |= {key: report[key] for key in ("best_epoch", "seconds", "trainable_parameters", "versions")}
     machine_dependent = ("model_name_or_path", "dataset_name", "output_dir")
     result["arguments"] = {key: v for key, v in report["arguments"].items() if key not in machine_dependent}
-    if (folder / "test.json").exists():
-        result["test"] = json.loads((folder / "test.json").read_text())
+    for split in ("validation", "test"):
+        if (folder / f"{split}.json").exists():
+            result[split] = json.loads((folder / f"{split}.json").read_text())
     runs = json.loads(path.read_text())["runs"] if path.exists() else {}
     write_json(path, {"runs": {name: result if name == run else runs[name] for name in RUNS if name in {*runs, run}}})
 
