@@ -163,12 +163,12 @@ class ImplicitMaskField(MaskField):
         side = self.config.selection_lattice
         lattice = pixel_centres((side, side), self.lattice_region).repeat_interleave(self.num_prompts, dim=0)
         # Prompts are taken one by one, and in tiles, so that memory grows with neither their number nor the lattice.
-        rows = [
-            torch.cat([self._coarse(tile, slice(row, row + 1))[3] for tile in split_in_tiles(points[None])], dim=-1)
-            for row, points in enumerate(lattice)
-        ]
-        uncertainty = torch.cat(rows)
-        return selection_threshold(uncertainty, self.config.selection_share)
+        uncertainty = []
+        for row, points in enumerate(lattice):
+            one = slice(row, row + 1)
+            tiles = [self._uncertainty(self._trunk(tile, one)[1], one) for tile in split_in_tiles(points[None])]
+            uncertainty.append(torch.cat(tiles, dim=-1))
+        return selection_threshold(torch.cat(uncertainty), self.config.selection_share)
 
     def eval(self) -> "ImplicitMaskField":
         # Itself where it can be, so that the threshold is taken once.
@@ -180,7 +180,7 @@ class ImplicitMaskField(MaskField):
         field.lattice_region = self.lattice_region[rows // self.num_prompts]
         field.features, field.prompt = self.features[rows], self.prompt[rows]
         field.frame, field.classes = self.frame[rows], self.classes[rows]
-        if self.decoder.fine is not None and not self.training:
+        if self.decoder.fine is not None and not self.training and not self.selects_on_the_grid:
             field.threshold = self.threshold[rows]
         return field
 
@@ -206,32 +206,46 @@ class ImplicitMaskField(MaskField):
     @torch.no_grad()
     def uncertainty(self, coordinates: Tensor) -> Tensor:
         points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
-        return self._coarse(points)[3].unflatten(0, (self.batch_size, self.num_prompts))
+        device = points.device.type
+        # Weights that autocast casts here have no gradient: a pass that needs one must not find them in its cache.
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+            _, hidden = self._trunk(points)
+        return self._uncertainty(hidden).unflatten(0, (self.batch_size, self.num_prompts))
 
-    def _coarse(self, points: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _coarse(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
         The coarse field at (R, N, 2): encoded points (R, N, C), hidden vectors after dropout (R, N, D), logits and
         uncertainty (R, M, N). While training the logits are one dropout pass, otherwise the pass without dropout.
         """
-        encoded = self.decoder.encode(points, self.features[rows], self.frame[rows])
-        hidden = self.decoder.coarse(encoded, self.prompt[rows])
-        head = self.decoder.coarse.head
-        classes = self.classes[rows]
-        weight, bias = head.weight[:, 0][classes], head.bias[:, 0][classes]
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            uncertainty = self._uncertainty(hidden.detach().float(), weight.float(), bias.float())
+        encoded, hidden = self._trunk(points)
+        uncertainty = self._uncertainty(hidden)
         hidden = F.dropout(hidden, self.config.dropout, self.training)
+        weight, bias = self._head()
         logits = weight @ hidden.transpose(1, 2) + bias[..., None]
         return encoded, hidden, logits.float(), uncertainty
 
-    def _uncertainty(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if self.config.uncertainty == "monte_carlo":
-            masks = dropout_masks(
-                self.config.monte_carlo_samples, hidden.shape[-1], self.config.dropout, hidden.device, hidden.dtype
-            )
-            return monte_carlo_variance(hidden, weight, bias, masks)
-        logits = weight @ hidden.transpose(1, 2) + bias[..., None]
-        return closed_form_variance(hidden, logits, weight, self.config.dropout)
+    def _trunk(self, points: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        encoded = self.decoder.encode(points, self.features[rows], self.frame[rows])
+        return encoded, self.decoder.coarse(encoded, self.prompt[rows])
+
+    def _head(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Weights (R, M, D) and biases (R, M) of the coarse logits."""
+        head, classes = self.decoder.coarse.head, self.classes[rows]
+        return head.weight[:, 0][classes], head.bias[:, 0][classes]
+
+    @torch.no_grad()
+    def _uncertainty(self, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Of hidden vectors (R, N, D) before dropout, (R, M, N), in float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.float()
+            weight, bias = (values.float() for values in self._head(rows))
+            if self.config.uncertainty == "monte_carlo":
+                masks = dropout_masks(
+                    self.config.monte_carlo_samples, hidden.shape[-1], self.config.dropout, hidden.device, hidden.dtype
+                )
+                return monte_carlo_variance(hidden, weight, bias, masks)
+            logits = weight @ hidden.transpose(1, 2) + bias[..., None]
+            return closed_form_variance(hidden, logits, weight, self.config.dropout)
 
     def _refine(self, fine: FineField, encoded: Tensor, hidden: Tensor, coarse: Tensor, selected: Tensor) -> Tensor:
         """The fine field's logits where `selected` (R, M, N), the coarse ones elsewhere."""

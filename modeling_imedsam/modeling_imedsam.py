@@ -107,8 +107,8 @@ class IMedSamModel(IMedSamPreTrainedModel):
                 (B, P, H, W). With several classes, `class_labels` says which class a prompt's labels are of.
             point_areas: (B, P, N), areas that the coordinates stand for, equal by default. While training, the share
                 of points to refine is a share of the area, as it is at test time.
-            point_weights: (B, P, N), weights of the points in the loss, equal by default; the areas make its sums
-                those over the whole square.
+            point_weights: (B, P, N), weights of the points in the loss, 1 by default; those of mean 1 that are
+                proportional to the areas make its means those over the whole square.
             num_points: supervise only so many of the labelled points, drawn by their uncertainty (see
                 [`~imedsam.uncertainty.draw_uncertain`]); areas and, if they are given, weights take account of it.
             coarse_loss_weight: weight of the coarse field's loss; the merged output's has the rest.

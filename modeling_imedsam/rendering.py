@@ -99,22 +99,28 @@ def render(
         )
     region, field = region.expand(field.batch_size, 4).to(field.device), field.eval()
     evaluate = _evaluate_near_boundaries if mode == "adaptive" else _evaluate_everywhere
-    parts, num_points = [], 0
+    maps, num_points = None, 0
     for rows in torch.arange(field.batch_size * field.num_prompts, device=field.device).split(PROMPTS_AT_ONCE):
         values, points = evaluate(field.at(rows), (height, width), region[rows // field.num_prompts])
-        parts.append(values)
+        # A tensor of its own for each map, so that who keeps one of them does not keep all.
+        maps = maps or [v.new_empty(field.batch_size * field.num_prompts, *v.shape[1:]) for v in values]
+        for whole, value in zip(maps, values, strict=True):
+            whole[rows] = value
         num_points += points
-    # Each map is copied out of the parts, so that who keeps one of them does not keep all.
-    maps = (torch.cat(part).unflatten(0, (field.batch_size, -1)) for part in zip(*parts, strict=True))
-    return RenderedMasks(*maps, num_points=num_points)
+    return RenderedMasks(*(whole.unflatten(0, (field.batch_size, -1)) for whole in maps or ()), num_points=num_points)
 
 
 def _evaluate_everywhere(field: MaskField, size: tuple[int, int], region: Tensor) -> tuple[Tensor, int]:
     """Logits, coarse logits and uncertainty of R prompts, (3, R, M, H, W), and the number of points evaluated."""
-    coordinates = pixel_centres(size, region)[:, None]
+    numbers = torch.arange(size[0] * size[1], device=field.device)
+
+    def evaluate(field):
+        tiles = numbers.split(_tile_length(field.device, field.batch_size))
+        return torch.cat([_evaluate(field, _centres(tile, size, region)[:, None]) for tile in tiles], dim=-1)
+
     if field.selects_on_the_grid:
-        field = field.selecting_from(_evaluate(field, coordinates)[2])
-    values = _evaluate(field, coordinates)[:, :, 0].unflatten(-1, size)
+        field = field.selecting_from(evaluate(field)[2])
+    values = evaluate(field)[:, :, 0].unflatten(-1, size)
     return values, values[0, :, 0].numel()
 
 
@@ -261,22 +267,17 @@ def evaluate_points(field: MaskField, rows: Tensor, coordinates: Tensor) -> Tens
         Logits, coarse logits and uncertainty, (3, M, K).
     """
     counts = rows.bincount(minlength=field.batch_size * field.num_prompts)
-    starts, start, tiles, order = counts.cumsum(0) - counts, 0, [], []
-    # Every prompt's points from `start` on; a prompt drops out when its points are used up.
-    while len(active := (counts > start).nonzero()[:, 0]):
-        left = counts[active] - start
-        fewest, most = left.aminmax()
-        number = min(_tile_length(field.device, len(active)), int(most))
-        if int(fewest) >= number // 4:
-            number = min(number, int(fewest))
-        slots = (starts[active] + start)[:, None] + torch.arange(number, device=rows.device)
-        valid = torch.arange(number, device=rows.device) < left[:, None]
-        part = field if len(active) == len(counts) else field.at(active)
+    starts, lengths, values, places = counts.cumsum(0) - counts, counts.tolist(), [], []
+    # Prompts whose numbers of points differ by less than a factor of 2 go together, padded to the largest.
+    for size in {length.bit_length() for length in lengths} - {0}:
+        group = torch.tensor([r for r, n in enumerate(lengths) if n.bit_length() == size], device=rows.device)
+        part = field if len(group) == len(lengths) else field.at(group)
+        offsets = torch.arange(max(lengths[r] for r in group.tolist()), device=rows.device)
+        slots, valid = starts[group, None] + offsets, offsets < counts[group, None]
         padded = coordinates[slots.clamp_max(len(rows) - 1)].unflatten(0, (part.batch_size, part.num_prompts))
-        tiles.append(_evaluate(part, padded).flatten(1, 2).transpose(1, 2)[:, :, valid])
-        order.append(slots[valid])
-        start += number
-    return torch.cat(tiles, dim=-1)[..., torch.cat(order).argsort()]
+        values.append(_evaluate(part, padded).flatten(1, 2).transpose(1, 2)[:, :, valid])
+        places.append(slots[valid])
+    return torch.cat(values, dim=-1)[..., torch.cat(places).argsort()]
 
 
 def _evaluate(field: MaskField, coordinates: Tensor) -> Tensor:
@@ -304,9 +305,12 @@ def pixel_centres(size: Sequence[int], region: Tensor) -> Tensor:
     Returns:
         (B, height * width, 2), row by row, (x, y) of each pixel's centre.
     """
+    return _centres(torch.arange(size[0] * size[1], device=region.device), size, region)
+
+
+def _centres(numbers: Tensor, size: Sequence[int], region: Tensor) -> Tensor:
+    """Of some of a grid's pixels, numbered row by row: (N,) -> (B, N, 2)."""
     height, width = size
-    x0, y0, x1, y1 = (edge[:, None] for edge in region.unbind(dim=-1))
-    x = x0 + (x1 - x0) * (torch.arange(width, device=region.device) + 0.5) / width
-    y = y0 + (y1 - y0) * (torch.arange(height, device=region.device) + 0.5) / height
-    grid = torch.stack([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
-    return grid.flatten(1, 2)
+    places = torch.stack([(numbers % width + 0.5) / width, (numbers // width + 0.5) / height], dim=-1)
+    low, high = region[:, None].split(2, dim=-1)
+    return low + (high - low) * places

@@ -108,7 +108,9 @@ def draw_uncertain(uncertainty: Tensor, num_points: int) -> tuple[Tensor, Tensor
         Indices (..., num_points) and weights (..., num_points), at most 2: weighted means over the drawn points are
         unbiased estimates of means over all.
     """
+    uncertainty = uncertainty.nan_to_num()  # a diverged run is to end with what its loss says
     density = uncertainty + uncertainty.mean(dim=-1, keepdim=True) + 1e-12
     density = density / density.mean(dim=-1, keepdim=True)
-    indices = density.flatten(0, -2).multinomial(num_points, replacement=True).view(*density.shape[:-1], num_points)
+    indices = density.reshape(-1, density.shape[-1]).multinomial(num_points, replacement=True)
+    indices = indices.view(*density.shape[:-1], num_points)
     return indices, 1 / density.gather(-1, indices)

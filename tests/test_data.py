@@ -116,6 +116,15 @@ def test_sampled_losses_are_those_of_every_pixel(uniform_share, boundary_share):
     assert sampled(dice_loss, 200000, 0) == pytest.approx(dice_loss(*dense).item(), abs=0.005)
 
 
+@pytest.mark.parametrize(("uniform_share", "boundary_share"), [(0.5, 0.5), (0.8, 0.2), (0.9, 0.1)])
+def test_shares_that_leave_nothing_around_the_box(folder, uniform_share, boundary_share):
+    examples = load_examples(str(folder), "train")
+    shares = {"uniform_share": uniform_share, "boundary_share": boundary_share}
+    for num_points in (1, 3, 7, 2503):
+        item = PromptedSegmentationDataset(examples, make_processor(), num_points=num_points, **shares)[0]
+        assert item["coordinates"].shape == (1, num_points, 2) and item["point_areas"].isfinite().all()
+
+
 def test_points_gather_where_they_are_asked_for():
     mask = disk(80, 100, 30, 50, 17) == 1
     box, band = np.array([box_from_mask(mask)]), boundary_band(mask)
@@ -367,6 +376,15 @@ def test_copy_paste_shrinks_and_moves():
     expected[20 + 5 : 20 + 15, 20 + 10 : 20 + 30] = 1
     np.testing.assert_array_equal(new_mask, expected)
     assert np.abs(new_image.astype(float) - 90.0 * expected).mean() < 1 and new_image.max() == 90
+
+
+def test_copy_paste_labels_what_it_paints():
+    """An object a pixel wide, which shrinking may lose."""
+    image, mask, other_mask = (np.zeros((60, 60), np.uint8) for _ in range(3))
+    other_mask[10:50, 31] = 1
+    for scale in np.linspace(0.3, 1, 20):
+        new_image, new_mask = copy_paste(image, mask, np.full_like(image, 200), other_mask, scale)
+        np.testing.assert_array_equal(new_image > 0, new_mask > 0)
 
 
 def test_copy_paste_leaves_a_grey_image_alone_beside_a_coloured_one():

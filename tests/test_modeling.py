@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import AutoModel
 
+import imedsam.modeling_imedsam
+import imedsam.prompt_fusion
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.losses import segmentation_loss
 from imedsam.modeling_imedsam import IMedSamModel
@@ -345,23 +347,62 @@ def test_the_loss_is_a_mean_over_images_of_means_over_prompts(model, inputs):
         assert_close(masked.loss, ((loss[0, 0] + loss[0, 1]) / 2 + loss[1, 0]) / 2)
 
 
-def test_points_drawn_by_their_uncertainty(model, inputs):
-    points = torch.rand(2, 2, 300, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    labels, weights = (points[..., 0] > 0).long(), torch.rand(2, 2, 300) + 0.5
-    everything = model(**inputs, coordinates=points, labels=labels, point_weights=weights)
-    torch.manual_seed(0)
-    drawn = model(**inputs, coordinates=points, labels=labels, point_weights=weights, num_points=60_000)
-    assert drawn.point_logits.shape == (2, 2, 1, 60_000)
-    assert_close(drawn.loss, everything.loss, atol=0.01, rtol=0)
-    known = everything.point_logits.flatten(0, 2).sort(dim=-1).values
-    place = torch.searchsorted(known, drawn.point_logits.flatten(0, 2) - 1e-4).clamp_max(299)
-    assert_close(known.gather(-1, place), drawn.point_logits.flatten(0, 2), atol=2e-4, rtol=0)
+@pytest.mark.parametrize("train", [False, True])
+def test_points_drawn_by_their_uncertainty(model, inputs, monkeypatch, train):
+    """Points, labels, weights and areas are taken along, and the factors of the draw join weights and areas."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(2, 2, 30, 2, generator=generator) * 2 - 1
+    labels = (points[..., 0] > 0).long()
+    weights, areas = (torch.rand(2, 2, 30, generator=generator) + 0.5 for _ in range(2))
+    chosen, factors = torch.randint(0, 30, (2, 2, 50), generator=generator), torch.rand(2, 2, 50) * 2
+    given = []
+    draw = lambda uncertainty, number: given.append((uncertainty, number)) or (chosen, factors)  # noqa: E731
+    monkeypatch.setattr(imedsam.modeling_imedsam, "draw_uncertain", draw)
+    model.train(train)
+
+    def loss(points, labels, areas, weights, **options):
+        torch.manual_seed(0)
+        model.zero_grad()
+        output = model(
+            **inputs, coordinates=points, labels=labels, point_areas=areas, point_weights=weights, **options
+        )
+        output.loss.backward()
+        return output.loss, output.point_logits, model.implicit_decoder.coarse.layers[1].weight.grad.clone()
+
+    taken = (values.gather(2, chosen) for values in (labels, areas, weights))
+    labels_, areas_, weights_ = taken
+    points_ = points.gather(2, chosen[..., None].expand(-1, -1, -1, 2))
+    drawn = loss(points, labels, areas, weights, num_points=50)
+    for got, expected in zip(drawn, loss(points_, labels_, factors * areas_, factors * weights_), strict=True):
+        assert_close(got, expected)
+    assert (drawn[0] - loss(points_, labels_, areas_, weights_)[0]).abs() > 1e-3
     field = model.get_mask_field(model.get_image_embeddings(inputs["pixel_values"]), inputs["input_boxes"])
-    few = model(**inputs, coordinates=points, labels=labels, num_points=100).point_logits
-    assert few.shape == (2, 2, 1, 100)
-    assert_close(field.uncertainty(points), field.values(points).uncertainty)
-    on_a_grid = model(**inputs, labels=torch.ones(2, 2, 20, 20), num_points=50)
-    assert on_a_grid.point_logits.shape == (2, 2, 1, 50) and on_a_grid.loss.isfinite()
+    assert_close(given[0][0], field.values(points).uncertainty[:, :, 0])
+    assert given[0][1] == 50 and not given[0][0].requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drawing_points_costs_no_gradient(model, inputs, dtype):
+    """Autocast's cache must not keep the weights that it cast without gradients."""
+    model.train()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        labels = (torch.rand(2, 2, 20, 20, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+        model(**inputs, labels=labels, num_points=60).loss.backward()
+    trained = [(name, p) for name, p in model.implicit_decoder.named_parameters() if p.requires_grad]
+    assert len(trained) > 10
+    for name, parameter in trained:
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_many_prompts_are_fused_in_parts(model, inputs, monkeypatch):
+    embeddings = model.get_image_embeddings(inputs["pixel_values"])
+    points, labels = torch.rand(2, 5, 3, 2) * 60, torch.ones(2, 5, 3)
+    labels[0, 2, 1:] = labels[1, 3, 2:] = -10
+    whole = model.get_mask_field(embeddings, input_points=points, input_labels=labels)
+    monkeypatch.setattr(imedsam.prompt_fusion, "PROMPTS_AT_ONCE", 3)
+    parts = model.get_mask_field(embeddings, input_points=points, input_labels=labels)
+    assert_close(parts.features, whole.features)
+    assert (whole.features[0] - whole.features[1]).abs().max() > 1e-3
 
 
 def test_padded_prompts_have_no_influence(model, inputs):

@@ -291,7 +291,9 @@ def test_what_is_validated_and_kept_is_the_average_of_the_weights(run):
     assert moved > 10
     plain = read(run(*flags, name="plain"))
     assert plain["history"][0]["loss"] == read(output)["history"][0]["loss"]  # training itself is the same
-    assert plain["validation"] != read(output)["validation"]
+    assert plain["history"][0]["validation"] != read(output)["history"][0]["validation"]
+    with pytest.raises(ValueError, match="Expected --ema_decay 0.25 as in .*step_2, got 0.0"):
+        run(*flags, "--resume_from_checkpoint", "latest")
 
 
 def test_a_moving_average_by_hand():
@@ -480,6 +482,7 @@ def test_config_flags(sam_folder, capsys):
         ("--uniform_share 2", r"Expected a number in \[0, 1\], got '2'"),
         ("--box_jitter 0.9", r"Expected a number in \[0, 0.5\), got '0.9'"),
         ("--num_candidates 10", "argument --num_candidates: Expected at least --num_points = 200, got 10"),
+        ("--num_candidates 300 --supervision dense", "Expected --supervision points, got dense"),
         ("--boundary_share 0.6", "argument --boundary_share: Expected at most 1 - uniform_share = 0.5, got 0.6"),
         ("--ema_decay 1", r"Expected a number in \[0, 1\), got '1'"),
         ("--config num_labels=2", "num_labels follows from the data"),

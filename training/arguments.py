@@ -119,6 +119,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
             f"argument --boundary_share: Expected at most 1 - uniform_share = {1 - args.uniform_share:g}, got "
             f"{args.boundary_share:g}"
         )
+    if args.num_candidates is not None and args.supervision == "dense":
+        parser.error("argument --num_candidates: Expected --supervision points, got dense: it supervises every pixel")
     if args.num_candidates is not None and args.num_candidates < args.num_points:
         parser.error(
             f"argument --num_candidates: Expected at least --num_points = {args.num_points}, got {args.num_candidates}"

@@ -77,7 +77,8 @@ def copy_paste(
         return image, mask
     pasted = _place(other_mask, mask.shape, scale, corner, Image.Resampling.NEAREST)
     other_image = _place(other_image, image.shape[:2], scale, corner, Image.Resampling.BILINEAR)
-    alpha = _place((other_mask > 0).astype(np.float32), image.shape[:2], scale, corner, Image.Resampling.BILINEAR)
+    # What is painted is what is labelled, also of objects that are hardly a pixel wide.
+    alpha = _place((pasted > 0).astype(np.float32), image.shape[:2], 1.0, (0.0, 0.0), Image.Resampling.BILINEAR)
     alpha = alpha.reshape(*alpha.shape, *[1] * (image.ndim - 2))
     new_image = image + alpha * (other_image - image.astype(np.float32))
     if np.issubdtype(image.dtype, np.integer):

@@ -10,8 +10,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 class WeightAverage:
     """
-    The exponential moving average of some weights, (1 - decay) sum_i decay^i w_(t - i) from the first update on. Small
-    data sets make single steps noisy, and the average is what is worth validating and keeping.
+    The exponential moving average of some weights: after the first step they themselves, then decay * average +
+    (1 - decay) * weights. Small data sets make single steps noisy, and the average is what is worth validating and
+    keeping.
 
     Args:
         parameters: the trained ones; the optimiser keeps changing them.

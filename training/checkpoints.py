@@ -104,6 +104,11 @@ def resume(accelerator: Accelerator, args: Namespace) -> TrainerState:
     saved = json.loads((folder / STATE_FILE).read_text())
     before, now = saved.pop("arguments"), json.loads(json.dumps(_arguments(accelerator, args)))
     changed = sorted(k for k in now if k not in FREE_ARGUMENTS and now[k] != before.get(k))
+    if bool(before.get("ema_decay")) != bool(now["ema_decay"]):
+        raise ValueError(
+            f"Expected --ema_decay {before.get('ema_decay', 0.0)} as in {folder}, got {now['ema_decay']}: a run cannot "
+            "begin to average its weights, or stop it, on the way."
+        )
     if changed:
         changes = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
         logger.warning(f"Resuming {folder} with other arguments, so not the run that it was: {changes}.")

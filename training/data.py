@@ -60,7 +60,7 @@ class PromptedSegmentationDataset(Dataset):
     ):
         if not 0 <= uniform_share <= 1:
             raise ValueError(f"Expected uniform_share in [0, 1], got {uniform_share}.")
-        if not 0 <= boundary_share <= 1 - uniform_share:
+        if boundary_share < 0 or uniform_share + boundary_share > 1:
             raise ValueError(
                 f"Expected boundary_share from 0 to 1 - uniform_share = {1 - uniform_share:g}, got {boundary_share}."
             )
@@ -238,7 +238,8 @@ def sample_points(
         Points (P, N, 2), (x, y) in pixels, and the density (P, N) they were drawn from, relative to a uniform one.
     """
     limit = np.array(masks[0].shape[::-1], dtype=float)
-    num_uniform, num_boundary = round(uniform_share * num_points), round(boundary_share * num_points)
+    num_uniform = round(uniform_share * num_points)
+    num_boundary = min(round(boundary_share * num_points), num_points - num_uniform)
     num_around = num_points - num_uniform - num_boundary
     margin = (boxes[:, 2:] - boxes[:, :2]) * BOX_GROWTH / 2
     low = np.clip(boxes[:, :2] - margin, 0, limit)[:, None]

@@ -143,6 +143,7 @@ def train_epoch(accelerator, model, train_loader, optimizer, scheduler, average,
         return
     train_loader.set_epoch(state.epoch)
     loader = skip_first_batches(train_loader, state.batch) if state.batch else train_loader
+    loader.set_epoch(state.epoch)  # older releases of Accelerate begin again with 0 after skipping
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_points = args.num_points if args.num_candidates else None
     started_at = time.perf_counter()
