@@ -1,7 +1,7 @@
 """
 The implicit decoder as the paper's authors evaluate it, the reference of the benchmarks, written from its description:
-every pixel of the output in one piece, all inputs joined for each, and two whole passes of the coarse network with
-dropout for the uncertainty. The weights are random; they do not change the cost.
+every pixel of the output in one piece, all inputs joined for each, and two whole passes of the coarse network for the
+uncertainty, whose dropout acts while training alone. The weights are random; they do not change the cost.
 """
 
 import math
@@ -47,7 +47,7 @@ class AuthorsDecoder(nn.Module):
         sampled = F.grid_sample(features, points[:, :, None, :2], align_corners=True)[..., 0].transpose(1, 2)
         inputs = torch.cat([sampled, prompt[:, None].expand(-1, points.shape[1], -1), _encode(points)], dim=-1)
         rows = inputs.flatten(0, 1)
-        passes = torch.stack([F.dropout(self.coarse(rows), 0.5) for _ in range(PASSES)])
+        passes = torch.stack([F.dropout(self.coarse(rows), 0.5, self.training) for _ in range(PASSES)])
         uncertainty = passes.var(dim=0).mean(dim=-1)
         coarse = passes.mean(dim=0)
         chosen = uncertainty.topk(round(SHARE * len(rows))).indices

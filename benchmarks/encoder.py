@@ -1,6 +1,7 @@
 """
 Encoder: what the adapters cost beside SAM's own ViT-B, merged and not, in float32 and bfloat16, at three image sizes;
-and what a mask costs once the image is encoded. The encoders' weights are random; the fields are a trained model's.
+and what a mask costs once the image is encoded. The weights of the encoder and of the prompt's fusion are random; the
+field that is rendered is a trained model's, of the same widths.
 
     python benchmarks/encoder.py
 
@@ -8,12 +9,11 @@ About 10 minutes on two cores, of which 1024 pixels take most; 6 GB of memory.
 """
 
 import torch
-from harness import Goals, finish, measure, parse_args, ratio, trained_pipeline
+from harness import Goals, as_new, finish, make_field, measure, parse_args, ratio, trained_pipeline
 from matplotlib.figure import Figure
 from transformers import SamConfig, SamVisionModel
 
 from imedsam import IMedSamConfig, IMedSamModel
-from imedsam.training.metrics import box_from_mask
 
 SIZES = (384, 512, 1024)
 
@@ -62,10 +62,12 @@ def measure_size(size, pipeline, example, rounds) -> dict:
             return function()
 
     functions = {**encoders, **{f"{name}, bf16": lambda f=f: in_bfloat16(f) for name, f in encoders.items()}}
-    inputs, embeddings = prompt_inputs(pipeline, example)
+    embeddings, field = merged.get_image_embeddings(pixels), make_field(pipeline, example)
+    boxes = size * torch.tensor([[[0.3, 0.3, 0.7, 0.7]]])
 
     def answer_a_box():
-        return pipeline.model.get_mask_field(embeddings, **inputs).render((size, size))
+        merged.get_mask_field(embeddings, input_boxes=boxes)
+        return as_new(field).render((size, size))
 
     def image_to_mask():
         merged.get_image_embeddings(pixels)
@@ -76,13 +78,6 @@ def measure_size(size, pipeline, example, rounds) -> dict:
     ratios["image_to_mask_over_stock"] = ratio(times["image to mask"], times["stock"])
     ratios["bf16_over_fp32"] = ratio(times["merged, bf16"], times["merged"])
     return {"size": size, **ratios, **times}
-
-
-def prompt_inputs(pipeline, example):
-    box = [list(map(float, box_from_mask(example["mask"] > 0)))]
-    inputs = pipeline.processor(images=[example["image"]], input_boxes=[box], return_tensors="pt")
-    embeddings = pipeline.model.get_image_embeddings(inputs["pixel_values"], inputs["reshaped_input_sizes"])
-    return {key: inputs[key] for key in ("input_boxes", "reshaped_input_sizes")}, embeddings
 
 
 def plot(rows) -> Figure:

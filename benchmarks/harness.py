@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import json
 import os
 import platform
 import statistics
@@ -19,6 +20,8 @@ from matplotlib.figure import Figure
 
 from imedsam import IMedSamConfig, IMedSamImageProcessor, IMedSamModel, IMedSamPipeline, IMedSamProcessor
 from imedsam.mask_field import MaskField
+from imedsam.rendering import TILE_POINTS
+from imedsam.training.arguments import parse_args as parse_training_args
 from imedsam.training.examples import Examples, load_examples
 from imedsam.training.metrics import box_from_mask
 from imedsam.training.report import write_json
@@ -80,7 +83,10 @@ def ratio(over: dict, under: dict) -> float:
 
 
 def peak_memory(function: Callable[[], object]) -> int | None:
-    """Bytes that the process needs at most while a function runs, beyond what it had; None where Linux is not."""
+    """
+    Bytes that the process needs at most while a function runs, beyond what it had; None where Linux is not. What is
+    used for the first time counts too: run something like it before.
+    """
     if sys.platform != "linux":
         return None
     import ctypes
@@ -98,16 +104,21 @@ def _memory(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def available_memory() -> int:
-    """Bytes."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def available_memory() -> float:
+    """Bytes; unlimited where Linux is not."""
+    if sys.platform != "linux":
+        return float("inf")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
-def matrix_rate() -> float:
-    """Floating-point operations per second of the matrix products that a tile of the coarse field needs."""
-    left, right = torch.randn(4096, 1024), torch.randn(1024, 512)
-    times = measure({"product": lambda: left @ right}, rounds=15, warm_up=3)
-    return 2 * 4096 * 1024 * 512 / times["product"]["seconds"]
+def matrix_product() -> Callable[[], object]:
+    """The largest matrix product of a tile of the coarse field."""
+    left, right = torch.randn(TILE_POINTS, 1024), torch.randn(1024, 512)
+    return lambda: left @ right
+
+
+MATRIX_PRODUCT_FLOPS = 2 * TILE_POINTS * 1024 * 512
 
 
 def trained_pipeline(args: argparse.Namespace) -> tuple[IMedSamPipeline, Examples, str]:
@@ -118,23 +129,29 @@ def trained_pipeline(args: argparse.Namespace) -> tuple[IMedSamPipeline, Example
     """
     root = os.environ.get("IMEDSAM_DATA")
     if root is not None and not args.quick:
-        dataset, start = (
-            str(Path(root) / "data" / "kvasir_sessile"),
-            str(Path(root) / "checkpoints" / "medical-tiny-sam-384"),
-        )
+        dataset, what = str(Path(root) / "data" / "kvasir_sessile"), "Kvasir-Sessile, validation images"
+        start, folder = str(Path(root) / "checkpoints" / "medical-tiny-sam-384"), "outputs/benchmarks/kvasir-sessile"
         flags = f"--augmentation light --mixed_precision bf16 {FIELD_TRAINING.format(epochs=8)}"
-        folder, what = Path("outputs/benchmarks/kvasir-sessile"), "Kvasir-Sessile, validation images"
     else:
-        dataset, start = "phantoms:ultrasound", save_start()
+        dataset, what = "phantoms:ultrasound", "phantoms that the model has not seen"
+        start, folder = save_start(), f"outputs/benchmarks/phantoms{'-quick' if args.quick else ''}"
         images, epochs = (40, 1) if args.quick else (800, 3)
-        flags = f"--augmentation none --encoder_learning_rate 5e-4 --num_train_images {images} --phantom_size 384"
-        flags += f" --num_warmup_steps 20 {FIELD_TRAINING.format(epochs=epochs)}"
-        folder = Path(f"outputs/benchmarks/phantoms{'-quick' if args.quick else ''}")
-        what = "phantoms that the model has not seen"
-    if args.model is None and not (folder / "metrics.json").exists():
-        train([*flags.split(), "--model_name_or_path", start, "--dataset_name", dataset, "--output_dir", str(folder)])
+        flags = f"--augmentation none --encoder_learning_rate 5e-4 --num_train_images {images} --phantom_size 384 "
+        flags += f"--num_warmup_steps 20 {FIELD_TRAINING.format(epochs=epochs)}"
+    if args.model is None:
+        train_once([*flags.split(), "--model_name_or_path", start, "--dataset_name", dataset, "--output_dir", folder])
     examples = load_examples(dataset, "validation", num_images=8, image_size=384)
     return IMedSamPipeline.from_pretrained(args.model or folder), examples, what
+
+
+def train_once(flags: list[str]) -> None:
+    """Trains unless the folder holds a run with the same flags."""
+    asked_for = json.loads(json.dumps(vars(parse_training_args(flags))))
+    path = Path(asked_for["output_dir"]) / "metrics.json"
+    made_with = json.loads(path.read_text())["arguments"] if path.exists() else {}
+    given_anew = {"resume_from_checkpoint", "max_train_steps", "num_train_epochs"}
+    if not made_with or any(made_with.get(key) != asked_for[key] for key in set(asked_for) - given_anew):
+        train(flags)
 
 
 @torch.no_grad()
@@ -200,6 +217,7 @@ def finish(name: str, args: argparse.Namespace, results: dict, goals: Goals, fig
             **{library: version(library) for library in ("imedsam", "torch", "transformers", "peft")},
         },
         "seed": SEED,
+        "model": str(args.model or "trained for the benchmark"),
         "goals": goals.rows,
         **results,
     }

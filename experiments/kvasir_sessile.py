@@ -9,7 +9,7 @@ tables of docs/results.md. A run that is done is skipped, one that was cut goes 
 paper's schedule: `--medical facebook/sam-vit-base --epochs 1000`.
 
 - medical: the encoder is frozen but for LoRA and the frequency branch, the paper's setting in small; the prompt
-  encoder, the upscaling and the fields are trained.
+  encoder, SAM's two-way transformer, the upscaling and the fields are trained.
 - ImageNet: a trunk that has never seen a prompt, so that everything is trained but SAM's mask heads; no LoRA.
 """
 

@@ -106,8 +106,8 @@ def resume(accelerator: Accelerator, args: Namespace) -> TrainerState:
     changed = sorted(k for k in now if k not in FREE_ARGUMENTS and now[k] != before.get(k))
     if bool(before.get("ema_decay")) != bool(now["ema_decay"]):
         raise ValueError(
-            f"Expected --ema_decay {before.get('ema_decay', 0.0)} as in {folder}, got {now['ema_decay']}: a run cannot "
-            "begin to average its weights, or stop it, on the way."
+            f"Expected --ema_decay {before.get('ema_decay', 0.0)} as in {folder}, got {now['ema_decay']}: a run "
+            "cannot begin to average its weights, or stop it, on the way."
         )
     if changed:
         changes = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
