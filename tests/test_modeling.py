@@ -358,7 +358,7 @@ def test_points_drawn_by_their_uncertainty(model, inputs, monkeypatch, train):
     given = []
     draw = lambda uncertainty, number: given.append((uncertainty, number)) or (chosen, factors)  # noqa: E731
     monkeypatch.setattr(imedsam.modeling_imedsam, "draw_uncertain", draw)
-    model.train(train)
+    model = copy.deepcopy(model).train(train)
 
     def loss(points, labels, areas, weights, **options):
         torch.manual_seed(0)
@@ -384,7 +384,7 @@ def test_points_drawn_by_their_uncertainty(model, inputs, monkeypatch, train):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_drawing_points_costs_no_gradient(model, inputs, dtype):
     """Autocast's cache must not keep the weights that it cast without gradients."""
-    model.train()
+    model = copy.deepcopy(model).train()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         labels = (torch.rand(2, 2, 20, 20, generator=torch.Generator().manual_seed(0)) > 0.5).float()
         model(**inputs, labels=labels, num_points=60).loss.backward()
