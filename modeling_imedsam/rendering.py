@@ -107,7 +107,8 @@ def render(
         for whole, value in zip(maps, values, strict=True):
             whole[rows] = value
         num_points += points
-    return RenderedMasks(*(whole.unflatten(0, (field.batch_size, -1)) for whole in maps or ()), num_points=num_points)
+    logits, coarse_logits, uncertainty = (whole.unflatten(0, (field.batch_size, -1)) for whole in maps or ())
+    return RenderedMasks(logits, coarse_logits, uncertainty, num_points)
 
 
 def _evaluate_everywhere(field: MaskField, size: tuple[int, int], region: Tensor) -> tuple[Tensor, int]:

@@ -32,7 +32,7 @@ class WeightAverage:
     def applied(self) -> Iterator[None]:
         """Within it, the model has the averaged weights."""
         trained = [parameter.detach().clone() for parameter in self.parameters]
-        self._set(list(self.average.module))
+        self._set(self.average.module.parameters())
         try:
             yield
         finally:

@@ -106,9 +106,10 @@ class PromptedSegmentationDataset(Dataset):
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
         image, mask = self._augmented(index, rng)
         if self.copy_paste and rng.random() < self.copy_paste:
-            other = self._augmented(int(rng.integers(len(self))), rng)
+            other_image, other_mask = self._augmented(int(rng.integers(len(self))), rng)
             scale = rng.uniform(SMALLEST_PASTE, 1)
-            image, mask = copy_paste(image, mask, *other, scale, (1 - scale) * rng.random(2))
+            x, y = (1 - scale) * rng.random(2)
+            image, mask = copy_paste(image, mask, other_image, other_mask, scale, corner=(x, y))
         classes, masks = split_by_class(mask)
         boxes = np.stack([jitter_box(box_from_mask(m), self.box_jitter, mask.shape, rng) for m in masks])
         item = encode(self.processor, image, mask.shape, boxes, classes)
