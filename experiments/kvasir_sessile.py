@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def refuse_another_recipe(folder: Path, flags: list[str]) -> None:
-    """A run that lies in the folder from before counts if it was made with the same flags, as far as they are given."""
+    """A run that lies in the folder from before counts if it was made with the flags that are given now."""
     made_with, asked_for = json.loads((folder / "metrics.json").read_text())["arguments"], vars(parse_args(flags))
     asked_for = json.loads(json.dumps(asked_for))
     if different := [key for key, value in asked_for.items() if value not in (None, made_with.get(key))]:
