@@ -26,7 +26,7 @@ POINTS = parse_training_args(["--model_name_or_path", "", "--dataset_name", "", 
 TRAINING_SECONDS = 150
 SEEDS = (0, 1, 2)
 TRAINING = (
-    "--dataset_name phantoms:ultrasound --num_train_images 400 --phantom_size 192 --augmentation none "
+    "--dataset_name phantoms:ultrasound --phantom_size 192 --augmentation none "
     "--per_device_train_batch_size 2 --num_warmup_steps 20 --encoder_learning_rate 5e-4 --box_jitter 0.05 "
     "--eval_every 1000 --evaluation_size 128 --num_train_epochs 1000"
 )
@@ -112,14 +112,18 @@ def measure_trainings(quick: bool) -> dict:
         folder = Path("outputs/benchmarks") / f"training-{name}"
         base = f"{TRAINING} {flags} --model_name_or_path {start} --output_dir {folder}".split()
 
-        def run(steps, seed, images, base=base, folder=folder):
-            train([*base, *f"--max_train_steps {steps} --seed {seed} --num_eval_images {images}".split()])
+        def run(steps, seed, num_eval_images, base=base, folder=folder):
+            images = f"--num_train_images {10 if quick else 400} --num_eval_images {num_eval_images}"
+            train([*base, *f"--max_train_steps {steps} --seed {seed} {images}".split()])
             return json.loads((folder / "metrics.json").read_text())
 
-        run(2, 0, 1)
-        few, more = (run(steps, 0, 1)["seconds"] for steps in (5, 25))
-        steps = 5 if quick else int(20 * TRAINING_SECONDS / (more - few))
-        reports = [run(steps, seed, 1 if quick else 40) for seed in SEEDS[: 1 if quick else None]]
+        if quick:
+            steps, reports = 3, [run(3, 0, 1)]
+        else:
+            run(2, 0, 1)  # warms up
+            few, more = (run(steps, 0, 1)["seconds"] for steps in (5, 25))
+            steps = int(20 * TRAINING_SECONDS / (more - few))
+            reports = [run(steps, seed, 40) for seed in SEEDS]
         results[name] = {
             "steps": steps,
             "seconds": [report["seconds"] for report in reports],
