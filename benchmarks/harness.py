@@ -149,8 +149,7 @@ def train_once(flags: list[str]) -> None:
     asked_for = json.loads(json.dumps(vars(parse_training_args(flags))))
     path = Path(asked_for["output_dir"]) / "metrics.json"
     made_with = json.loads(path.read_text())["arguments"] if path.exists() else {}
-    given_anew = {"resume_from_checkpoint", "max_train_steps", "num_train_epochs"}
-    if not made_with or any(made_with.get(key) != asked_for[key] for key in set(asked_for) - given_anew):
+    if any(value not in (None, made_with.get(key)) for key, value in asked_for.items()):
         train(flags)
 
 

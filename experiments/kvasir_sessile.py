@@ -4,7 +4,7 @@ Kvasir-Sessile from two small start points: Dice and Hausdorff distance at the i
     python experiments/kvasir_sessile.py            # trains, and scores the validation split
     python experiments/kvasir_sessile.py --test     # scores the test split too: once, when the recipe is decided
 
-Needs IMEDSAM_DATA (see README.md beside this file). Cost: 7 runs of about 35 minutes on one core each. Expected: the
+Needs IMEDSAM_DATA (see README.md beside this file). Cost: 7 runs of 45 to 60 minutes on one core each. Expected: the
 tables of docs/results.md. A run that is done is skipped, one that was cut goes on. With SAM's own weights and the
 paper's schedule: `--medical facebook/sam-vit-base --epochs 1000`.
 

@@ -23,6 +23,7 @@ RENDER_MODES = ("exact", "adaptive")
 # on an accelerator enough to keep it busy.
 TILE_POINTS = 2048
 ACCELERATOR_TILE_POINTS = 65536
+# Prompts that are rendered at once: what is kept beside the result does not grow with their number.
 PROMPTS_AT_ONCE = 32
 # The first lattice of adaptive rendering has at least so many cells along the grid's longer side.
 FIRST_CELLS = 48
