@@ -273,6 +273,8 @@ class IMedSamModel(IMedSamPreTrainedModel):
                     f"{tuple(labels.shape)}."
                 )
         if num_points is not None:
+            if num_points < 1:
+                raise ValueError(f"Expected num_points of at least 1, got {num_points}: leave it out for all points.")
             chosen, factors = draw_uncertain(field.uncertainty(coordinates)[:, :, 0], num_points)
             coordinates = coordinates.expand(*shape, -1, -1).gather(2, chosen[..., None].expand(-1, -1, -1, 2))
             labels = labels.gather(2, chosen)

@@ -394,6 +394,11 @@ def test_drawing_points_costs_no_gradient(model, inputs, dtype):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+def test_no_points_to_draw_are_refused(model, inputs):
+    with pytest.raises(ValueError, match="Expected num_points of at least 1, got 0"):
+        model(**inputs, labels=torch.ones(2, 2, 20, 20), num_points=0)
+
+
 def test_many_prompts_are_fused_in_parts(model, inputs, monkeypatch):
     embeddings = model.get_image_embeddings(inputs["pixel_values"])
     points, labels = torch.rand(2, 5, 3, 2) * 60, torch.ones(2, 5, 3)
