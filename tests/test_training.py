@@ -283,6 +283,7 @@ def test_what_is_validated_and_kept_is_the_average_of_the_weights(run):
     flags = "--max_train_steps 2 --per_device_train_batch_size 4 --checkpointing_steps 1 --learning_rate 1e-2".split()
     output = run(*flags, "--ema_decay", 0.25)
     first, second = (load_file(output / f"step_{step}" / "model.safetensors") for step in (1, 2))
+    assert (output / "step_2" / "average.safetensors").exists() and not list(output.glob("step_2/custom_checkpoint*"))
     kept = IMedSamModel.from_pretrained(output)
     moved = 0
     for name, value in kept.named_parameters():

@@ -2,10 +2,15 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+FILE = "average.safetensors"
 
 
 class WeightAverage:
@@ -21,7 +26,6 @@ class WeightAverage:
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
         self.parameters = nn.ParameterList(parameters)
-        # A module, so that it can be registered for checkpoints.
         self.average = AveragedModel(self.parameters, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def update(self) -> None:
@@ -37,6 +41,15 @@ class WeightAverage:
             yield
         finally:
             self._set(trained)
+
+    def save(self, models, weights, folder: str) -> None:
+        """A hook of `Accelerator.save_state`. What is registered for checkpoints instead would be unpickled."""
+        if PartialState().is_main_process:
+            save_file(self.average.state_dict(), Path(folder) / FILE)
+
+    def load(self, models, folder: str) -> None:
+        """A hook of `Accelerator.load_state`."""
+        self.average.load_state_dict(load_file(Path(folder) / FILE))
 
     @torch.no_grad()
     def _set(self, values):

@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     average = None
     if args.ema_decay:
         average = WeightAverage((p for p in model.parameters() if p.requires_grad), args.ema_decay)
-        accelerator.register_for_checkpointing(average.average)
+        accelerator.register_save_state_pre_hook(average.save)
+        accelerator.register_load_state_pre_hook(average.load)
     if args.with_tracking:
         scalars = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers("imedsam", config=scalars)
