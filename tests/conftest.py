@@ -4,8 +4,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
+
 import pytest
 import torch
+from drawn_folders import disk, make_processor, write_folder
 from transformers import SamConfig, SamModel
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
@@ -118,3 +121,22 @@ def inputs():
             [[[8.0, 12.0, 40.0, 50.0], [20.0, 4.0, 60.0, 30.0]], [[0.0, 0.0, 64.0, 64.0], [30.0, 33.0, 50.0, 41.0]]]
         ),
     }
+
+
+@pytest.fixture(params=["stretch", "longest_side"])
+def processor(request):
+    return make_processor(request.param)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "data", [disk(40, 60, 12 + 4 * i, 20, 8 + i) for i in range(5)])
+
+
+@pytest.fixture
+def label_folder(tmp_path):
+    masks = [disk(40, 60, 15, 20, 9), disk(40, 60, 15, 20, 9) + disk(40, 60, 45, 20, 6, value=2)]
+    folder = write_folder(tmp_path / "labels", [*masks, *masks], scale=1)
+    (folder / "labels.json").write_text(json.dumps({"0": "background", "1": "organ", "2": "lesion"}))
+    (folder / "splits.json").write_text(json.dumps({"train": ["a", "b", "c"], "val": ["d"]}))
+    return folder

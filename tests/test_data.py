@@ -1,15 +1,12 @@
-import json
+"""Training items: points, boxes and dense labels, what draws them, and in what order."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from drawn_folders import SIDE, disk, make_processor, write_folder
 from torch.utils.data import DataLoader
 
 from imedsam.losses import cross_entropy_loss, dice_loss
-from imedsam.processing.image_processing_imedsam import IMedSamImageProcessor
-from imedsam.processing.processing_imedsam import IMedSamProcessor
-from imedsam.training.augmentation import Augmentation, copy_paste
 from imedsam.training.data import (
     EpochSampler,
     PromptedSegmentationDataset,
@@ -20,52 +17,9 @@ from imedsam.training.data import (
     labels_at,
     model_coordinates,
     sample_points,
-    split_by_class,
 )
-from imedsam.training.examples import load_examples, read_labels, without_empty_masks
+from imedsam.training.examples import load_examples
 from imedsam.training.metrics import box_from_mask
-from imedsam.training.phantoms import phantoms_dataset
-
-SIDE = 64
-
-
-@pytest.fixture(params=["stretch", "longest_side"])
-def processor(request):
-    return make_processor(request.param)
-
-
-def make_processor(resize_mode="stretch"):
-    return IMedSamProcessor(IMedSamImageProcessor(size=SIDE, resize_mode=resize_mode))
-
-
-def disk(height, width, x, y, radius, value=1):
-    columns, rows = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    return (((columns - x) ** 2 + (rows - y) ** 2) < radius**2).astype(np.uint8) * value
-
-
-def write_folder(folder, masks, scale=255):
-    """A data set whose images show their masks; names a, b, c, ..."""
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir(parents=True)
-    for name, mask in zip("abcdefghij", masks, strict=False):
-        Image.fromarray(mask * np.uint8(100)).convert("RGB").save(folder / "images" / f"{name}.jpg")
-        Image.fromarray(mask * np.uint8(scale)).save(folder / "masks" / f"{name}.png")
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return write_folder(tmp_path / "data", [disk(40, 60, 12 + 4 * i, 20, 8 + i) for i in range(5)])
-
-
-@pytest.fixture
-def label_folder(tmp_path):
-    masks = [disk(40, 60, 15, 20, 9), disk(40, 60, 15, 20, 9) + disk(40, 60, 45, 20, 6, value=2)]
-    folder = write_folder(tmp_path / "labels", [*masks, *masks], scale=1)
-    (folder / "labels.json").write_text(json.dumps({"0": "background", "1": "organ", "2": "lesion"}))
-    (folder / "splits.json").write_text(json.dumps({"train": ["a", "b", "c"], "val": ["d"]}))
-    return folder
-
 
 # Points and boxes
 
@@ -291,108 +245,6 @@ def test_collate_pads_ragged_prompts(label_folder):
     assert width > 0 and height > 0
 
 
-# Augmentation
-
-
-@pytest.mark.parametrize("strength", ["light", "strong"])
-@pytest.mark.parametrize("mask_scale", [1, 2])
-def test_augmentation_keeps_image_and_mask_aligned(strength, mask_scale):
-    mask = np.zeros((60, 80), np.uint8)
-    mask[15:40, 25:60] = 1
-    image = np.repeat((mask * 200)[..., None], 3, axis=2)
-    large = mask.repeat(mask_scale, axis=0).repeat(mask_scale, axis=1)
-    augment, moved = Augmentation(strength), 0
-    for seed in range(12):
-        new_image, new_mask = augment(image, large, seed)
-        assert new_image.shape[:2] in ((60, 80), (80, 60)) and new_image.dtype == np.uint8
-        assert new_mask.size == large.size and set(np.unique(new_mask)) <= {0, 1}
-        new_mask = new_mask[::mask_scale, ::mask_scale]
-        agreement = ((new_image.mean(axis=2) > 100) == new_mask).mean()
-        assert agreement > 0.96, seed
-        moved += new_mask.shape != mask.shape or (new_mask != mask).mean() > 0.05
-    assert moved > 4
-
-
-def test_augmentation_depends_on_the_seed_alone():
-    mask = disk(50, 50, 20, 25, 12)
-    image = (disk(50, 50, 25, 25, 20) * 90 + 50).astype(np.uint8)
-    augment = Augmentation("strong")
-    first = augment(image, mask, 7)
-    augment(image, mask, 8)
-    for a, b in zip(first, augment(image, mask, 7), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert not np.array_equal(first[0], augment(image, mask, 8)[0])
-
-
-def test_augmentation_keeps_the_type_and_range_of_other_images():
-    mask = disk(50, 50, 25, 25, 12)
-    image = (disk(50, 50, 25, 25, 20) * 30000.0).astype(np.uint16) + 100
-    new_image, _ = Augmentation("strong")(image, mask, 0)
-    assert new_image.dtype == np.uint16 and new_image.shape == (50, 50)
-    assert new_image.min() >= 100 and new_image.max() <= 30100 and new_image.max() > 20000
-
-
-def test_an_object_that_leaves_the_picture_brings_the_pair_back():
-    mask = np.zeros((50, 50), np.uint8)
-    mask[:2, :2] = 1
-    image = mask * 200
-    results = [Augmentation("strong")(image, mask, seed) for seed in range(15)]
-    assert all(new_mask.any() for _, new_mask in results)
-    assert any(new_mask is mask and new_image is image for new_image, new_mask in results)
-    assert any(new_mask is not mask for _, new_mask in results)
-
-
-def test_copy_paste_puts_the_other_objects_on_top():
-    image, mask = np.full((6, 8, 3), 10, np.uint8), np.zeros((6, 8), np.uint8)
-    mask[0:3, 0:3] = 1
-    other_image, other_mask = np.full((6, 8, 3), 200, np.uint8), np.zeros((6, 8), np.uint8)
-    other_mask[2:5, 2:6] = 2
-    new_image, new_mask = copy_paste(image, mask, other_image, other_mask)
-    assert new_image.dtype == np.uint8 and new_mask.dtype == np.uint8
-    np.testing.assert_array_equal(new_mask, np.where(other_mask == 2, 2, mask))
-    np.testing.assert_array_equal(new_image, np.where(other_mask == 2, 200, 10)[..., None].repeat(3, axis=2))
-    assert (image == 10).all() and mask.sum() == 9
-
-
-def test_copy_paste_between_pictures_of_other_sizes():
-    mask, other_mask = np.zeros((60, 80), np.uint8), np.zeros((40, 40), np.uint8)
-    other_mask[10:30, 20:40] = 1
-    image, other_image = np.full((30, 40), 1000, np.uint16), np.full((20, 20), 5000, np.uint16)
-    new_image, new_mask = copy_paste(image, mask, other_image, other_mask)
-    assert new_image.shape == (30, 40) and new_image.dtype == np.uint16
-    expected = np.zeros((60, 80), np.uint8)
-    expected[15:45, 40:80] = 1
-    np.testing.assert_array_equal(new_mask, expected)
-    assert new_image[15, 30] == 5000 and new_image[15, 10] == 1000
-    assert ((new_image > 3000) == (expected[::2, ::2] > 0)).mean() > 0.95
-
-
-def test_copy_paste_shrinks_and_moves():
-    mask, other_mask = np.zeros((40, 80), np.uint8), np.zeros((40, 80), np.uint8)
-    other_mask[10:30, 20:60] = 1
-    image, other_image = np.zeros((40, 80), np.uint8), np.full((40, 80), 90, np.uint8)
-    new_image, new_mask = copy_paste(image, mask, other_image, other_mask, scale=0.5, corner=(0.25, 0.5))
-    expected = np.zeros((40, 80), np.uint8)
-    expected[20 + 5 : 20 + 15, 20 + 10 : 20 + 30] = 1
-    np.testing.assert_array_equal(new_mask, expected)
-    assert np.abs(new_image.astype(float) - 90.0 * expected).mean() < 1 and new_image.max() == 90
-
-
-def test_copy_paste_labels_what_it_paints():
-    """An object a pixel wide, which shrinking may lose."""
-    image, mask, other_mask = (np.zeros((60, 60), np.uint8) for _ in range(3))
-    other_mask[10:50, 31] = 1
-    for scale in np.linspace(0.3, 1, 20):
-        new_image, new_mask = copy_paste(image, mask, np.full_like(image, 200), other_mask, scale)
-        np.testing.assert_array_equal(new_image > 0, new_mask > 0)
-
-
-def test_copy_paste_leaves_a_grey_image_alone_beside_a_coloured_one():
-    image, mask = np.zeros((6, 6), np.uint8), np.zeros((6, 6), np.uint8)
-    new_image, new_mask = copy_paste(image, mask, np.ones((6, 6, 3), np.uint8), np.ones((6, 6), np.uint8))
-    assert new_image is image and new_mask is mask
-
-
 def test_items_get_the_objects_of_other_images(folder):
     examples = load_examples(str(folder), "train")
     options = {"augmentation": "none", "box_jitter": 0, "num_points": 2000, "uniform_share": 1.0}
@@ -409,150 +261,6 @@ def test_items_get_the_objects_of_other_images(folder):
         grown += share > areas[0] + 0.02
         mixed.append(not torch.equal(half[0]["pixel_values"], plain[0]["pixel_values"]))
     assert grown and any(mixed) and not all(mixed)
-
-
-# Reading data sets
-
-
-def test_a_folder_without_splits_is_split_60_20_20(folder):
-    names = {split: load_examples(str(folder), split).names for split in ("train", "validation", "test")}
-    assert [len(names[split]) for split in names] == [3, 1, 1]
-    assert sorted(sum(names.values(), [])) == list("abcde")
-    assert names["train"] == load_examples(str(folder), "train").names
-    assert any(load_examples(str(folder), "train", seed=seed).names != names["train"] for seed in range(1, 6))
-
-
-def test_examples_of_a_folder(label_folder):
-    examples = load_examples(str(label_folder), "validation")
-    assert examples.names == ["d"] and examples[0]["name"] == "d"
-    assert examples[0]["image"].size == (60, 40)
-    assert set(np.unique(examples[0]["mask"])) == {0, 1, 2}
-    classes, masks = split_by_class(examples[0]["mask"])
-    assert classes == [0, 1] and all(mask.dtype == bool for mask in masks)
-    assert len(load_examples(str(label_folder), "train", num_images=2)) == 2
-
-
-@pytest.mark.parametrize("scale", [1, 255])
-def test_binary_masks_of_either_kind(tmp_path, scale):
-    folder = write_folder(tmp_path / "data", [disk(20, 20, 10, 10, 5)] * 5, scale=scale)
-    mask = load_examples(str(folder), "train")[0]["mask"]
-    np.testing.assert_array_equal(mask, disk(20, 20, 10, 10, 5))
-
-
-def test_phantoms():
-    examples = load_examples("phantoms", "validation", num_images=3, image_size=32, num_classes=2)
-    assert len(examples) == 3 and examples[0]["mask"].shape == (32, 32)
-    assert examples.id2label == {0: "lesion", 1: "organ"}
-    assert load_examples("phantoms", "train", num_images=1).id2label == {0: "object"}
-
-
-def test_a_saved_data_set(tmp_path):
-    rows = phantoms_dataset("train", 10, size=32)
-    rows.save_to_disk(tmp_path / "saved")
-    splits = [load_examples(str(tmp_path / "saved"), split) for split in ("train", "validation", "test")]
-    assert [len(split) for split in splits] == [6, 2, 2]
-    row = rows[rows["name"][:].index(splits[2].names[1])]
-    np.testing.assert_array_equal(splits[2][1]["mask"], np.asarray(row["mask"]) > 0)
-    rows.remove_columns("mask").save_to_disk(tmp_path / "images")
-    with pytest.raises(ValueError, match="Expected the columns image and mask or label or annotation"):
-        load_examples(str(tmp_path / "images"), "train")
-
-
-def test_images_without_an_object_are_skipped_with_a_word(tmp_path, caplog):
-    empty = np.zeros((20, 20), np.uint8)
-    folder = write_folder(tmp_path / "data", [empty, *[disk(20, 20, 10, 10, 5)] * 2, empty])
-    (folder / "splits.json").write_text(json.dumps({"train": ["a", "b", "c"], "test": ["d"]}))
-    with caplog.at_level("WARNING", logger="imedsam"):
-        assert without_empty_masks(load_examples(str(folder), "train")).names == ["b", "c"]
-    assert "Skipping 1 of 3 images whose mask is empty" in caplog.text
-    with pytest.raises(ValueError, match="Expected masks with an object"):
-        without_empty_masks(load_examples(str(folder), "test"))
-
-
-def test_missing_files_are_named(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere to hold images/ and masks/"):
-        load_examples(str(tmp_path / "nowhere"), "train")
-    (folder / "splits.json").write_text(json.dumps({"train": ["a", "x"], "validation": []}))
-    with pytest.raises(FileNotFoundError, match="Expected an image for 'x'"):
-        load_examples(str(folder), "train")
-    with pytest.raises(ValueError, match="Expected images in the validation split"):
-        load_examples(str(folder), "validation")
-    with pytest.raises(ValueError, match="Expected a test split in .*splits.json, got train, validation"):
-        load_examples(str(folder), "test")
-    (folder / "masks" / "a.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"Expected a mask for .*a\.jpg, got none: .*a\.png"):
-        load_examples(str(folder), "train")
-
-
-def test_wrong_masks_are_named(folder, label_folder):
-    (folder / "splits.json").write_text(json.dumps({"train": list("abcd")}))
-    examples = load_examples(str(folder), "train")
-    Image.new("L", (50, 40)).save(folder / "masks" / "a.png")
-    with pytest.raises(ValueError, match="one size, got 60x40 and 50x40 for 'a'"):
-        examples[0]
-    grey = disk(40, 60, 20, 20, 5) * 255
-    grey[0, 0] = 128
-    Image.fromarray(grey).save(folder / "masks" / "b.png")
-    with pytest.raises(ValueError, match="values 0, 128, 255 for 'b'"):
-        examples[1]
-    Image.new("RGB", (60, 40), (255, 0, 0)).save(folder / "masks" / "c.png")
-    with pytest.raises(ValueError, match="one channel, got colours for 'c'"):
-        examples[2]
-    Image.fromarray(disk(40, 60, 20, 20, 5, value=7)).save(label_folder / "masks" / "a.png")
-    with pytest.raises(ValueError, match="values 0, 1, 2, got 7 for 'a'"):
-        load_examples(str(label_folder), "train")[0]
-    with pytest.raises(ValueError, match="without gaps, got \\[0, 50\\]"):
-        load_examples(str(folder), "train", labels={0: "background", 50: "liver"})
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"0": "background",', "Expected JSON in .*labels.json, got .*: write"),
-        ('["background", "organ"]', "Expected an object in .*labels.json, got list: write"),
-        ('{"background": 0, "organ": 1}', 'Expected entries "integer": "name" in .*, got {"background": 0}: write'),
-        ('{"0": "background", "1": 7}', 'got {"1": 7}: write'),
-        ('{"0": "background"}', "Expected a class beside the background in .*labels.json"),
-        ("{}", "Expected a class beside the background in .*labels.json"),
-        ('{"0": "background", "1": "organ", "2": "organ"}', "name of its own .*labels.json, got 'organ' twice"),
-    ],
-)
-def test_wrong_labels_are_refused(label_folder, content, message):
-    (label_folder / "labels.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_labels(label_folder / "labels.json")
-    with pytest.raises(ValueError, match=message):
-        load_examples(str(label_folder), "train")
-
-
-def test_labels_are_read(label_folder):
-    assert read_labels(label_folder / "labels.json") == {0: "background", 1: "organ", 2: "lesion"}
-
-
-def test_two_images_of_one_name_are_refused(folder):
-    Image.new("RGB", (60, 40)).save(folder / "images" / "b.bmp")
-    with pytest.raises(ValueError, match="Expected one image of each name in .*images, got b.bmp and b.jpg"):
-        load_examples(str(folder), "train")
-
-
-@pytest.mark.parametrize("validation", ["validation", "val"])
-def test_an_image_in_two_splits_is_refused(folder, validation):
-    splits = {"train": ["a", "b"], validation: ["c", "b"], "everything": list("abcde")}
-    (folder / "splits.json").write_text(json.dumps(splits))
-    with pytest.raises(ValueError, match=f"one split of .*splits.json, got 'b' in train and {validation}"):
-        load_examples(str(folder), "train")
-    (folder / "splits.json").write_text(json.dumps({**splits, validation: ["c"]}))
-    assert load_examples(str(folder), "validation").names == ["c"]
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_broken_image_is_named(folder, whole):
-    (folder / "splits.json").write_text(json.dumps({"train": ["a", "b"]}))
-    path = folder / "images" / "b.jpg"
-    path.write_bytes(b"no image" if whole else path.read_bytes()[:-300])
-    examples = load_examples(str(folder), "train")
-    with pytest.raises(ValueError, match=r"Expected a whole image in .*b\.jpg, got .*: replace it or remove it"):
-        examples[1]
 
 
 def test_wrong_options_are_refused(folder):
