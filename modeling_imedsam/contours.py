@@ -12,7 +12,7 @@ from contourpy import FillType, contour_generator
 from torch import Tensor
 
 from imedsam.mask_field import MaskField
-from imedsam.rendering import RenderedMasks, evaluate_points, render
+from imedsam.rendering import RenderedMasks, check_region, evaluate_points, render, to_coordinates
 
 # A vertex is found when it moves by less than this, in pixels; at most so many evaluations find it.
 TOLERANCE = 0.01
@@ -60,18 +60,19 @@ def find_contours(
         For each image, prompt and mask its components, the largest first. (0, 0) is the upper left corner of the upper
         left pixel, (1, 1) its lower right one, times the spacing. What the rectangle cuts is closed along its edge.
     """
+    field = field.eval()
     rendered = render(field, output_size, region) if rendered is None else rendered
+    if field.selects_on_the_grid:
+        field = field.selecting_from(rendered.uncertainty.flatten(-2))  # the threshold of the masks
     height, width = rendered.logits.shape[-2:]
-    corners = torch.tensor([-1.0, -1.0, 1.0, 1.0]) if region is None else torch.as_tensor(region, dtype=torch.float32)
-    corners = corners.expand(field.batch_size, 4).repeat_interleave(field.num_prompts, dim=0).to(field.device)
+    square = check_region(region, field)
 
-    def logits_at(rows: np.ndarray, masks: np.ndarray, points: np.ndarray) -> np.ndarray:
-        """At K points of the grid's frame, rows ascending."""
-        rows_, xy = torch.from_numpy(rows).to(field.device), torch.from_numpy(points).float().to(field.device)
-        low, high = corners[rows_].split(2, dim=-1)
-        share = xy / xy.new_tensor([width, height])
-        values = evaluate_points(field, rows_, low + (high - low) * share)[0].cpu().numpy()
-        return values[masks, np.arange(len(points))].astype(np.float64)
+    def logits_at(rows: np.ndarray, points: np.ndarray) -> np.ndarray:
+        """Of all masks (M, K), at K points of the grid's frame, rows ascending."""
+        of = torch.from_numpy(rows).to(field.device)
+        places = torch.from_numpy(points).to(square)
+        coordinates = to_coordinates(places, (height, width), square[of // field.num_prompts])
+        return evaluate_points(field, of, coordinates)[0].cpu().numpy().astype(np.float64)
 
     x, y = (np.concatenate([[-1, 0], np.arange(n) + 0.5, [n, n + 1]]) for n in (width, height))
     logits = rendered.logits.flatten(0, 1).cpu().numpy().astype(np.float64)  # (R, M, H, W)
@@ -100,9 +101,16 @@ def find_contours(
     return [components[image * prompts : (image + 1) * prompts] for image in range(field.batch_size)]
 
 
-def to_geojson(contours: Sequence[Contour], properties: Mapping[str, Any]) -> dict:
-    """The components of a mask as a GeoJSON Feature, a MultiPolygon in the contours' own coordinates (RFC 7946)."""
-    polygons = [[curve.tolist() for curve in (contour.exterior, *contour.holes)] for contour in contours]
+def to_geojson(
+    contours: Sequence[Contour], properties: Mapping[str, Any], spacing: tuple[float, float] = (1.0, 1.0)
+) -> dict:
+    """
+    The components of a mask as a GeoJSON Feature (RFC 7946), a MultiPolygon in the contours' own coordinates times
+    `spacing`, the (x, y) size of a pixel.
+    """
+    polygons = [
+        [(curve * np.array(spacing)).tolist() for curve in (contour.exterior, *contour.holes)] for contour in contours
+    ]
     return {
         "type": "Feature",
         "properties": dict(properties),
@@ -141,9 +149,8 @@ def _with_border(logits, x, y, logits_at):
     on_border[2:-2, 2:-2] = False
     i, j = on_border.nonzero()
     points = np.tile(np.stack([x[j], y[i]], axis=-1), (rows, 1))
-    row = np.repeat(np.arange(rows), len(i))
-    for mask in range(masks):
-        framed[:, mask, i, j] = logits_at(row, np.full(len(row), mask), points).reshape(rows, -1)
+    border = logits_at(np.repeat(np.arange(rows), len(i)), points)
+    framed[..., i, j] = border.reshape(masks, rows, len(i)).transpose(1, 0, 2)
     return framed
 
 
@@ -162,8 +169,9 @@ def _refine(points, rows, masks, logits, x, y, logits_at):
     Moves vertices on edges of the grid to the field's roots. Each stays between two points of different signs: the
     next one is the secant's, or half way where the secant did not get much closer to 0, as at a jump.
     """
-    j, i = np.searchsorted(x, points[:, 0], side="right") - 1, np.searchsorted(y, points[:, 1], side="right") - 1
-    along_x = points[:, 1] == y[i]
+    (j, from_x), (i, from_y) = (_nearest_line(lines, points[:, axis]) for axis, lines in enumerate((x, y)))
+    along_x = np.abs(from_y) <= np.abs(from_x)  # the edge lies on a line of the other axis, up to rounding
+    j, i = j - (along_x & (from_x < 0)), i - (~along_x & (from_y < 0))
     low, high = np.stack([x[j], y[i]], axis=-1), np.stack([x[j + along_x], y[i + ~along_x]], axis=-1)
     at_low, at_high = logits[rows, masks, i, j], logits[rows, masks, i + ~along_x, j + along_x]
     # What the rectangle's edge cuts has no root; a vertex on a point of the grid has its root already.
@@ -177,7 +185,7 @@ def _refine(points, rows, masks, logits, x, y, logits_at):
             break
         share = np.where(halve, 0.5, at_low / (at_low - at_high))
         middle = low + (high - low) * share[:, None]
-        value = logits_at(rows[active], masks[active], middle)
+        value = logits_at(rows[active], middle)[masks[active], np.arange(len(active))]
         moved = np.abs(middle - points[active]).max(axis=-1)
         points[active] = middle
         halve = np.abs(value) > 0.5 * np.minimum(np.abs(at_low), np.abs(at_high))
@@ -189,6 +197,12 @@ def _refine(points, rows, masks, logits, x, y, logits_at):
             values[keep] for values in (active, low, high, at_low, at_high, halve)
         )
     return points
+
+
+def _nearest_line(lines: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the nearest of ascending lines, and the distance from it, with its sign."""
+    index = np.searchsorted((lines[:-1] + lines[1:]) / 2, places)
+    return index, places - lines[index]
 
 
 def _signed_area(ring: np.ndarray) -> float:

@@ -52,11 +52,16 @@ class ImplicitDecoder(nn.Module):
         Returns:
             (R, N, C + coordinate features).
         """
-        sampled = F.grid_sample(
-            features.float(), coordinates[:, :, None].float(), padding_mode="border", align_corners=False
-        )
+        maps = at_least_float32(features)
+        coordinates = coordinates.to(maps.dtype)
+        sampled = F.grid_sample(maps, coordinates[:, :, None], padding_mode="border", align_corners=False)
         encoded = self.coordinates(coordinates, frame).to(features.dtype)
         return torch.cat([sampled[..., 0].transpose(1, 2).to(features.dtype), encoded], dim=-1)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision is too coarse for positions and uncertainties; what is more precise than float32 stays so."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class CoordinateEncoding(nn.Module):
@@ -167,7 +172,6 @@ class ClassLinear(nn.Module):
         weight, bias = self.weight[:, outputs], self.bias[:, outputs]
         if weight.shape[0] == 1:
             return F.linear(inputs, weight[0], bias[0])
-        order = classes.argsort(stable=True)
-        groups = inputs[order].split(classes.bincount(minlength=weight.shape[0]).tolist())
-        result = torch.cat([F.linear(group, w, b) for group, w, b in zip(groups, weight, bias, strict=True)])
-        return result[order.argsort()]
+        rows = [(classes == label).nonzero()[:, 0] for label in range(weight.shape[0])]
+        result = torch.cat([F.linear(inputs[r], w, b) for r, w, b in zip(rows, weight, bias, strict=True)])
+        return result[torch.cat(rows).argsort()]

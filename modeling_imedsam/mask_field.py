@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 from typing import cast
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
-from imedsam.implicit_decoder import FineField, ImplicitDecoder
+from imedsam.implicit_decoder import FineField, ImplicitDecoder, at_least_float32
 from imedsam.rendering import RenderedMasks, pixel_centres, render, split_in_tiles
 from imedsam.uncertainty import (
     closed_form_variance,
@@ -83,6 +82,13 @@ class MaskField(ABC):
         field.evaluating = True
         return field
 
+    def known_lattice(self, region: Tensor) -> Tensor | None:
+        """
+        Logits, coarse logits and uncertainty at the pixel centres of a square grid over a rectangle, (B, 4), if this
+        field has them anyway: (3, B P, M, S, S).
+        """
+        return None
+
     def selecting_from(self, uncertainty: Tensor) -> "MaskField":
         """This field, refined at the most uncertain ones of a grid's points, (B, P, M, N)."""
         return self
@@ -147,46 +153,82 @@ class ImplicitMaskField(MaskField):
         self.decoder, self.config = decoder, config
         self.features, self.prompt, self.frame, self.classes = features, prompt, frame, classes
         self.selects_on_the_grid = config.selection == "top_k" and decoder.fine is not None
+        self._threshold: Tensor | None = None
+        self._lattice: Tensor | None = None
 
     @property
     def training(self) -> bool:
         """Whether values are a training step's: one dropout pass, and of the points asked for a share refined."""
         return self.decoder.training and not self.evaluating
 
-    @cached_property
-    @torch.no_grad()
+    @property
     def threshold(self) -> Tensor:
         """
-        tau, (B P, M): the fine field decides where the uncertainty exceeds it. Taken on a fixed lattice, so that the
-        field at a point does not depend on which other points are asked for.
+        tau, (B P, M): the fine field decides where the uncertainty exceeds it. Taken once, on a fixed lattice, so that
+        the field at a point does not depend on which other points are asked for; with the weights, and in the
+        precision, of its first use.
         """
-        side = self.config.selection_lattice
-        lattice = pixel_centres((side, side), self.lattice_region).repeat_interleave(self.num_prompts, dim=0)
-        # Prompts are taken one by one, and in tiles, so that memory grows with neither their number nor the lattice.
-        uncertainty = []
-        for row, points in enumerate(lattice):
-            one = slice(row, row + 1)
-            tiles = [self._uncertainty(self._trunk(tile, one)[1], one) for tile in split_in_tiles(points[None])]
-            uncertainty.append(torch.cat(tiles, dim=-1))
-        return selection_threshold(torch.cat(uncertainty), self.config.selection_share)
+        if self._threshold is None:
+            self._take_lattice()
+        return cast(Tensor, self._threshold)
+
+    @torch.no_grad()
+    def _take_lattice(self) -> None:
+        if (fine := self.decoder.fine) is None:
+            raise ValueError("Expected a field with a selection for a threshold, got selection=None.")
+        side, thresholds, values = self.config.selection_lattice, [], []
+        # Prompts are taken one by one: hidden vectors of a whole lattice are kept for one of them.
+        for row in torch.arange(len(self.frame), device=self.device).split(1):
+            one = self._rows(row)
+            one.evaluating = True
+            tiles = [one._coarse(tile) for tile in split_in_tiles(pixel_centres((side, side), one.lattice_region))]
+            encoded, hidden, coarse, uncertainty = (
+                torch.cat(parts, dim=dim) for parts, dim in zip(zip(*tiles, strict=True), (1, 1, -1, -1), strict=True)
+            )
+            threshold = selection_threshold(uncertainty, self.config.selection_share)
+            logits = one._refine(fine, encoded, hidden, coarse, uncertainty > threshold[..., None])
+            thresholds.append(threshold)
+            values.append(torch.stack([logits, coarse, uncertainty]))
+        self._threshold, self._lattice = torch.cat(thresholds), torch.cat(values, dim=1).unflatten(-1, (side, side))
+
+    def known_lattice(self, region: Tensor) -> Tensor | None:
+        if self._lattice is None or not torch.allclose(region, self.lattice_region, atol=1e-6):
+            return None
+        return self._lattice
 
     def eval(self) -> "ImplicitMaskField":
         # Itself where it can be, so that the threshold is taken once.
         return cast(ImplicitMaskField, super().eval()) if self.training else self
 
     def at(self, rows: Tensor) -> "ImplicitMaskField":
-        field = copy(self)
-        field.batch_size, field.num_prompts = len(rows), 1
-        field.lattice_region = self.lattice_region[rows // self.num_prompts]
-        field.features, field.prompt = self.features[rows], self.prompt[rows]
-        field.frame, field.classes = self.frame[rows], self.classes[rows]
-        if self.decoder.fine is not None and not self.training and not self.selects_on_the_grid:
-            field.threshold = self.threshold[rows]
+        field = self._rows(rows)
+        # A field that ranks the grid's pixels takes its threshold there, unless it has got one.
+        if (
+            self.decoder.fine is not None
+            and not self.training
+            and not (self.selects_on_the_grid and self._threshold is None)
+        ):
+            field._threshold = self.threshold[rows]
+            field._lattice = None if self._lattice is None else self._lattice[:, rows]
+        return field
+
+    def _rows(self, rows: Tensor) -> "ImplicitMaskField":
+        field = ImplicitMaskField(
+            self.decoder,
+            self.config,
+            self.features[rows],
+            self.prompt[rows],
+            self.frame[rows],
+            self.classes[rows],
+            self.lattice_region[rows // self.num_prompts],
+        )
+        field.evaluating = self.evaluating
         return field
 
     def selecting_from(self, uncertainty: Tensor) -> "ImplicitMaskField":
         field = copy(self)
-        field.threshold = selection_threshold(uncertainty.flatten(0, 1), self.config.selection_share)
+        field._threshold = selection_threshold(uncertainty.flatten(0, 1), self.config.selection_share)
+        field._lattice = None
         return field
 
     def values(self, coordinates: Tensor, point_areas: Tensor | None = None) -> FieldValues:
@@ -222,23 +264,23 @@ class ImplicitMaskField(MaskField):
         hidden = F.dropout(hidden, self.config.dropout, self.training)
         weight, bias = self._head()
         logits = weight @ hidden.transpose(1, 2) + bias[..., None]
-        return encoded, hidden, logits.float(), uncertainty
+        return encoded, hidden, at_least_float32(logits), uncertainty
 
-    def _trunk(self, points: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        encoded = self.decoder.encode(points, self.features[rows], self.frame[rows])
-        return encoded, self.decoder.coarse(encoded, self.prompt[rows])
+    def _trunk(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        encoded = self.decoder.encode(points, self.features, self.frame)
+        return encoded, self.decoder.coarse(encoded, self.prompt)
 
-    def _head(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def _head(self) -> tuple[Tensor, Tensor]:
         """Weights (R, M, D) and biases (R, M) of the coarse logits."""
-        head, classes = self.decoder.coarse.head, self.classes[rows]
-        return head.weight[:, 0][classes], head.bias[:, 0][classes]
+        head = self.decoder.coarse.head
+        return head.weight[:, 0][self.classes], head.bias[:, 0][self.classes]
 
     @torch.no_grad()
-    def _uncertainty(self, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Of hidden vectors (R, N, D) before dropout, (R, M, N), in float32."""
+    def _uncertainty(self, hidden: Tensor) -> Tensor:
+        """Of hidden vectors (R, N, D) before dropout, (R, M, N), in float32 at least."""
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.float()
-            weight, bias = (values.float() for values in self._head(rows))
+            hidden = at_least_float32(hidden)
+            weight, bias = (values.to(hidden.dtype) for values in self._head())
             if self.config.uncertainty == "monte_carlo":
                 masks = dropout_masks(
                     self.config.monte_carlo_samples, hidden.shape[-1], self.config.dropout, hidden.device, hidden.dtype
@@ -274,8 +316,8 @@ class InterpolatedMaskField(MaskField):
 
     def values(self, coordinates: Tensor, point_areas: Tensor | None = None) -> FieldValues:
         points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
-        grid = self.logits.flatten(0, 1).float()
-        sampled = F.grid_sample(grid, points[:, :, None].float(), padding_mode="border", align_corners=False)
+        grid = at_least_float32(self.logits.flatten(0, 1))
+        sampled = F.grid_sample(grid, points[:, :, None].to(grid.dtype), padding_mode="border", align_corners=False)
         logits = sampled[..., 0].unflatten(0, (self.batch_size, self.num_prompts))
         probability = logits.detach().sigmoid()
         return FieldValues(logits, logits, probability * (1 - probability))

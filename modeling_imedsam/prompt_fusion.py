@@ -20,18 +20,20 @@ class PromptFusion(SamMaskDecoder):
     def fuse(self, image_embeddings: Tensor, positions: Tensor, prompts: "EncodedPrompts") -> tuple[Tensor, Tensor]:
         """
         Args:
-            image_embeddings: (R, C, H, W), one per prompt.
+            image_embeddings: (B, C, H, W).
             positions: (1, C, H, W), encoded positions of the image embeddings.
+            prompts: of R = B P prompts.
 
         Returns:
             Features (R, C / 8, 4 H, 4 W) and SAM's mask token (R, C).
         """
         counts, order, parts = prompts.present.sum(dim=-1), [], []
+        per_image = len(counts) // len(image_embeddings)
         # SAM knows no padded tokens: prompts with equally many tokens go together, and not too many at once.
         for count in counts.unique().tolist():
             for rows in (counts == count).nonzero()[:, 0].split(PROMPTS_AT_ONCE):
                 tokens = prompts.tokens[rows][prompts.present[rows]].view(len(rows), count, prompts.tokens.shape[-1])
-                parts.append(self._fuse(image_embeddings[rows] + prompts.dense[rows], positions, tokens))
+                parts.append(self._fuse(image_embeddings[rows // per_image] + prompts.dense[rows], positions, tokens))
                 order.append(rows)
         features, mask_tokens = (torch.cat(part)[torch.cat(order).argsort()] for part in zip(*parts, strict=True))
         return features, mask_tokens
@@ -193,6 +195,8 @@ class Prompts:
                     "IMedSamProcessor returns them."
                 )
             shapes[name] = (tensor.shape[0], tensor.shape[1])
+        if any(prompts == 0 for _, prompts in shapes.values()):
+            raise ValueError(f"Expected at least one prompt per image, got (images, prompts) {shapes}.")
         if labels is not None and (points is None or labels.shape != points.shape[:-1]):
             raise ValueError(
                 f"Expected a label for each point, got input_labels of shape {tuple(labels.shape)} and input_points "

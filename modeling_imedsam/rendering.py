@@ -1,6 +1,6 @@
 """
 Field -> mask at any size: the field is evaluated at pixel centres, in tiles that bound the memory; at all of them, or
-only where a coarser lattice leaves the mask undecided.
+only where a coarse lattice leaves the mask undecided.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imedsam.implicit_decoder import at_least_float32
+
 if TYPE_CHECKING:
     from imedsam.mask_field import MaskField
 
@@ -23,10 +25,12 @@ RENDER_MODES = ("exact", "adaptive")
 # on an accelerator enough to keep it busy.
 TILE_POINTS = 2048
 ACCELERATOR_TILE_POINTS = 65536
-# Prompts that are rendered at once: what is kept beside the result does not grow with their number.
+# Prompts, and pixels of all of them, that are rendered at once: what is kept beside the result does not grow with the
+# number of prompts.
 PROMPTS_AT_ONCE = 32
-# The first lattice of adaptive rendering has at least so many cells along the grid's longer side.
-FIRST_CELLS = 48
+PIXELS_AT_ONCE = 2**22
+# Adaptive rendering begins with so many points along each side.
+FIRST_LATTICE = 64
 # A cell is decided if its corners have one sign and the smallest logit is larger than so many times their range.
 MARGIN = 1.0
 # ... and if the variance of the probability, at most 0.25, differs by less than this between them.
@@ -44,7 +48,8 @@ class RenderedMasks:
         logits: foreground where positive.
         coarse_logits: the coarse field's alone.
         uncertainty: variance of the probability.
-        num_points: points at which values were asked for, of all images and prompts.
+        num_points: points at which values were asked for, of all images and prompts; those of the lattice on which the
+            threshold is taken, which every rendering needs, are not among them.
     """
 
     logits: Tensor
@@ -74,11 +79,11 @@ def render(
     Args:
         output_size: (height, width).
         region: (4,) or (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] to render; the whole square by default.
-        mode: "exact": every pixel. "adaptive": every 2^k-th pixel first, then the pixels near a boundary; all other
-            values are interpolated. A structure that holds a disk of 1.5 * 2^k pixels across is never missed, 2^k
-            being at most 1 / 48 of the grid's longer side and, within the frame of the prompt, 1 / 16 of its shorter
-            side (or 1). Adaptive by default, but exact for a field that ranks the grid's pixels
-            (`selection="top_k"`).
+        mode: "exact": every pixel. "adaptive": a lattice of 64 x 64 points first, then the pixels near a boundary; all
+            other values are interpolated. A structure that holds an ellipse of 1.5 / 64 of the grid's height and width
+            is never missed, nor, within the frame of the prompt, a disk of 1.5 / 16 of its shorter side (or of 1.5
+            pixels). Adaptive by default, but exact for a field that ranks the grid's pixels (`selection="top_k"`), and
+            for a grid with a side of 64 pixels or fewer.
     """
     if mode is None:
         mode = "exact" if field.selects_on_the_grid else "adaptive"
@@ -90,18 +95,11 @@ def render(
             'it, or selection="threshold" in the configuration.'
         )
     height, width = _check_size(output_size)
-    region = torch.tensor([-1.0, -1.0, 1.0, 1.0]) if region is None else torch.as_tensor(region, dtype=torch.float32)
-    if tuple(region.shape) not in ((4,), (1, 4), (field.batch_size, 4)) or bool(
-        (region[..., 2:] <= region[..., :2]).any()
-    ):
-        raise ValueError(
-            "Expected region as x0, y0, x1, y1 in [-1, 1] with x0 < x1 and y0 < y1, (4,) or (B, 4) with B = "
-            f"{field.batch_size}, got {region.tolist()}."
-        )
-    region, field = region.expand(field.batch_size, 4).to(field.device), field.eval()
+    region, field = check_region(region, field), field.eval()
     evaluate = _evaluate_near_boundaries if mode == "adaptive" else _evaluate_everywhere
     maps, num_points = None, 0
-    for rows in torch.arange(field.batch_size * field.num_prompts, device=field.device).split(PROMPTS_AT_ONCE):
+    prompts_at_once = max(1, min(PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
+    for rows in torch.arange(field.batch_size * field.num_prompts, device=field.device).split(prompts_at_once):
         values, points = evaluate(field.at(rows), (height, width), region[rows // field.num_prompts])
         # A tensor of its own for each map, so that who keeps one of them does not keep all.
         maps = maps or [v.new_empty(field.batch_size * field.num_prompts, *v.shape[1:]) for v in values]
@@ -114,28 +112,42 @@ def render(
 
 def _evaluate_everywhere(field: MaskField, size: tuple[int, int], region: Tensor) -> tuple[Tensor, int]:
     """Logits, coarse logits and uncertainty of R prompts, (3, R, M, H, W), and the number of points evaluated."""
-    numbers = torch.arange(size[0] * size[1], device=field.device)
-
-    def evaluate(field):
-        tiles = numbers.split(_tile_length(field.device, field.batch_size))
-        return torch.cat([_evaluate(field, _centres(tile, size, region)[:, None]) for tile in tiles], dim=-1)
-
+    tiles = torch.arange(math.prod(size), device=field.device).split(_tile_length(field.device, field.batch_size))
     if field.selects_on_the_grid:
-        field = field.selecting_from(evaluate(field)[2])
-    values = evaluate(field)[:, :, 0].unflatten(-1, size)
-    return values, values[0, :, 0].numel()
+        uncertainty = [field.uncertainty(_centres(tile, size, region)[:, None]) for tile in tiles]
+        field = field.selecting_from(torch.cat(uncertainty, dim=-1))
+    values = None
+    for tile in tiles:
+        part = _evaluate(field, _centres(tile, size, region)[:, None])[:, :, 0]
+        values = part.new_empty(*part.shape[:-1], math.prod(size)) if values is None else values
+        values[..., tile] = part
+    assert values is not None  # a grid has a pixel
+    return values.unflatten(-1, size), values[0, :, 0].numel()
 
 
 def _evaluate_near_boundaries(field: MaskField, size: tuple[int, int], region: Tensor) -> tuple[Tensor, int]:
-    stride = 1
-    while max(size) >= 2 * stride * FIRST_CELLS:
-        stride *= 2
-    if stride == 1:
+    if min(size) <= FIRST_LATTICE:
         return _evaluate_everywhere(field, size, region)
-    lattice = _Lattice(field, size, region, stride)
+    first, num_points = field.known_lattice(region), 0
+    if first is None or not FIRST_LATTICE <= first.shape[-1] <= min(size):
+        first, num_points = _evaluate_everywhere(field, (FIRST_LATTICE, FIRST_LATTICE), region)
+    lattice = _Lattice(field, size, region, first)
     while lattice.stride > 1:
         lattice.split()
-    return lattice.values[..., : size[0], : size[1]].transpose(1, 2), lattice.num_points
+    return lattice.values[..., : size[0], : size[1]].transpose(1, 2), num_points + lattice.num_points
+
+
+def check_region(region: Tensor | None, field: MaskField) -> Tensor:
+    """The rectangle x0, y0, x1, y1 to render of each image, (B, 4), from what `render` takes."""
+    region = at_least_float32(torch.tensor([-1.0, -1.0, 1.0, 1.0]) if region is None else torch.as_tensor(region))
+    if tuple(region.shape) not in ((4,), (1, 4), (field.batch_size, 4)) or not bool(
+        (region[..., 2:] > region[..., :2]).all()
+    ):
+        raise ValueError(
+            "Expected region as x0, y0, x1, y1 in [-1, 1] with x0 < x1 and y0 < y1, (4,) or (B, 4) with B = "
+            f"{field.batch_size}, got {region.tolist()}."
+        )
+    return region.expand(field.batch_size, 4).to(field.device)
 
 
 def _check_size(output_size: Sequence[int]) -> tuple[int, int]:
@@ -156,17 +168,34 @@ class _Lattice:
         field: of R images with one prompt each.
         size: (height, width) of the grid.
         region: (R, 4), the rectangles that it covers.
+        first: (3, R, M, S, S), the values at the pixel centres of S x S, no finer than the grid.
     """
 
-    def __init__(self, field: MaskField, size: tuple[int, int], region: Tensor, stride: int):
-        self.field, self.size, self.region, self.stride = field, size, region, stride
+    def __init__(self, field: MaskField, size: tuple[int, int], region: Tensor, first: Tensor):
+        self.field, self.size, self.region = field, size, region
+        self.stride = 2 ** int(math.log2(min(size) / first.shape[-1]))
         self.num_points = 0
-        points = torch.arange(math.prod(self.shape), device=field.device)
-        self.values = self._evaluate(points).unflatten(-1, self.shape)  # (3, M, R, h, w)
-        self.known = torch.ones(self.shape, dtype=torch.bool, device=field.device)  # which ones are not interpolated
-        rows, i, j = self._unravel(points)
-        cells = points[(i < self.shape[1] - 1) & (j < self.shape[2] - 1)]
-        self.undecided = cells[self._are_undecided(cells) | self._are_too_large(cells)]
+        self.known = torch.zeros(self.shape, dtype=torch.bool, device=field.device)  # which ones are not interpolated
+        # Where the points lie in the first values, from 0 to S.
+        i, j = (
+            ((torch.arange(points, device=field.device) * self.stride + 0.5) / length).clamp_max(1) * first.shape[-1]
+            for points, length in zip(self.shape[1:], size, strict=True)
+        )
+        places = torch.stack(torch.meshgrid(j, i, indexing="xy"), dim=-1)[None].to(first.dtype)
+        values = F.grid_sample(
+            first.flatten(0, 2)[None], 2 * places / first.shape[-1] - 1, padding_mode="border", align_corners=False
+        )
+        self.values = values[0].unflatten(0, first.shape[:3]).transpose(1, 2).contiguous()  # (3, M, R, h, w)
+        # The cells of the first values, and half a one along each edge; a finer cell meets those of its corners.
+        padded = F.pad(first.flatten(0, 1), (1, 1, 1, 1), mode="replicate").unflatten(0, first.shape[:2])
+        corners = padded.unfold(3, 2, 1).unfold(4, 2, 1).flatten(5).transpose(1, 2)
+        around = _are_undecided(corners)[:, (i + 0.5).long()][:, :, (j + 0.5).long()]  # (R, h, w)
+        down, across = self._meet_small_frames(max(length / first.shape[-1] for length in size))
+        cells = down[:, :-1, None] & across[:, None, :-1]
+        for part in (around[:, :-1], around[:, 1:]):
+            cells |= part[:, :, :-1] | part[:, :, 1:]
+        cells = F.pad(cells, (0, 1, 0, 1)).flatten().nonzero()[:, 0]
+        self.undecided = self._refine(cells)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -193,6 +222,7 @@ class _Lattice:
         along the boundary. Returns the undecided cells.
         """
         examined, undecided = torch.zeros_like(self.known), []
+        down, across = self._meet_small_frames(self.stride)
         while len(cells):
             examined.view(-1)[cells] = True
             points = self._corners(cells).flatten()
@@ -200,43 +230,38 @@ class _Lattice:
             if len(points):
                 self.known.view(-1)[points] = True
                 self.values.flatten(2)[..., points] = self._evaluate(points)
-            undecided.append(cells[self._are_too_large(cells)])
-            cells = cells[self._are_undecided(cells)]
+            rows, i, j = self._unravel(cells)
+            undecided.append(cells[down[rows, i] & across[rows, j]])
+            cells = cells[_are_undecided(self.values.flatten(2)[..., self._corners(cells)])]
             undecided.append(cells)
             cells = self._cells_around(*self._unravel(cells), (-1, 0, 1))
             cells = cells[~examined.view(-1)[cells]]
         return torch.cat(undecided).unique() if undecided else cells
 
-    def _are_undecided(self, cells: Tensor) -> Tensor:
-        """Whether the boundary of a mask passes through each cell, or may, or the uncertainty changes much."""
-        logits, coarse, uncertainty = self.values.flatten(2)[..., self._corners(cells)]  # (M, K, 4)
-        low, high = logits.aminmax(dim=-1)
-        close = torch.minimum(low.abs(), high.abs()) < MARGIN * (high - low)
-        crossed = ((low <= 0) & (high > 0)) | ((coarse.amin(dim=-1) <= 0) & (coarse.amax(dim=-1) > 0))
-        steep = uncertainty.amax(dim=-1) - uncertainty.amin(dim=-1) > UNCERTAINTY_TOLERANCE
-        return (crossed | close | steep).any(dim=0)
-
-    def _are_too_large(self, cells: Tensor) -> Tensor:
-        """Whether each cell meets the frame of its prompt, and the frame is small for it."""
+    def _meet_small_frames(self, spacing: float) -> tuple[Tensor, Tensor]:
+        """
+        The rows (R, h) and columns (R, w) of cells that meet the prompts' frames, of those frames along whose shorter
+        side fewer than 16 points lie that are so many pixels apart.
+        """
+        rows, height, width = self.shape
         if self.field.frame is None:
-            return torch.zeros_like(cells, dtype=torch.bool)
-        rows, i, j = self._unravel(cells)
-        centre, half_size = self.field.frame.split(2, dim=-1)
+            return self.known.new_zeros(rows, height), self.known.new_zeros(rows, width)
         pixels = self.region.new_tensor(self.size[::-1]) / (self.region[:, 2:] - self.region[:, :2])
+        centre, half_size = self.field.frame.to(self.region.dtype).split(2, dim=-1)
         low, high = ((edge - self.region[:, :2]) * pixels for edge in (centre - half_size, centre + half_size))
-        small = self.stride * FRAME_CELLS > (high - low).amin(dim=-1)
-        first = torch.stack([j, i], dim=-1) * self.stride + 0.5
-        meets = (first < high[rows]) & (first + self.stride > low[rows])
-        return small[rows] & meets.all(dim=-1)
+        small = spacing * FRAME_CELLS > (high - low).amin(dim=-1, keepdim=True)
+        meets = []
+        for axis, length in ((1, height), (0, width)):
+            first = torch.arange(length, device=low.device) * self.stride + 0.5
+            meets.append(small & (first < high[:, axis, None]) & (first + self.stride > low[:, axis, None]))
+        return meets[0], meets[1]
 
     def _evaluate(self, points: Tensor) -> Tensor:
         """The field at K points, in ascending order: (3, M, K)."""
         rows, i, j = self._unravel(points)
-        x0, y0, x1, y1 = self.region[rows].unbind(dim=-1)
-        x = x0 + (x1 - x0) * (j * self.stride + 0.5) / self.size[1]
-        y = y0 + (y1 - y0) * (i * self.stride + 0.5) / self.size[0]
         self.num_points += len(points)
-        return evaluate_points(self.field, rows, torch.stack([x, y], dim=-1))
+        places = torch.stack([j, i], dim=-1) * self.stride + 0.5
+        return evaluate_points(self.field, rows, to_coordinates(places, self.size, self.region[rows]))
 
     def _corners(self, cells: Tensor) -> Tensor:
         """(K,) -> (K, 4)."""
@@ -255,6 +280,19 @@ class _Lattice:
         """Row, i and j."""
         _, height, width = self.shape
         return numbers // (height * width), numbers // width % height, numbers % width
+
+
+def _are_undecided(corners: Tensor) -> Tensor:
+    """
+    Whether the boundary of a mask passes through each cell, or may, or the uncertainty changes much, (...) from the
+    values at its corners, (3, M, ..., 4).
+    """
+    logits, coarse, uncertainty = corners
+    low, high = logits.aminmax(dim=-1)
+    close = torch.minimum(low.abs(), high.abs()) < MARGIN * (high - low)
+    crossed = ((low <= 0) & (high > 0)) | ((coarse.amin(dim=-1) <= 0) & (coarse.amax(dim=-1) > 0))
+    steep = uncertainty.amax(dim=-1) - uncertainty.amin(dim=-1) > UNCERTAINTY_TOLERANCE
+    return (crossed | close | steep).any(dim=0)
 
 
 def evaluate_points(field: MaskField, rows: Tensor, coordinates: Tensor) -> Tensor:
@@ -312,7 +350,11 @@ def pixel_centres(size: Sequence[int], region: Tensor) -> Tensor:
 
 def _centres(numbers: Tensor, size: Sequence[int], region: Tensor) -> Tensor:
     """Of some of a grid's pixels, numbered row by row: (N,) -> (B, N, 2)."""
-    height, width = size
-    places = torch.stack([(numbers % width + 0.5) / width, (numbers // width + 0.5) / height], dim=-1)
-    low, high = region[:, None].split(2, dim=-1)
-    return low + (high - low) * places
+    places = torch.stack([numbers % size[1], numbers // size[1]], dim=-1) + 0.5
+    return to_coordinates(places, size, region[:, None])
+
+
+def to_coordinates(places: Tensor, size: Sequence[int], region: Tensor) -> Tensor:
+    """Places (..., 2) as (x, y) in pixels of a grid, (0, 0) its corner, and the rectangle (..., 4) that it covers."""
+    low, high = region.split(2, dim=-1)
+    return low + (high - low) * (places.to(region.dtype) / region.new_tensor([size[1], size[0]]))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Nodes and weights with sum_i weight_i f(node_i) = E f(x) for a standard normal x and polynomials f up to degree 15.
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(8)
-_WEIGHTS = _WEIGHTS / math.sqrt(2 * math.pi)
+_NODES, _WEIGHTS = _NODES.tolist(), (_WEIGHTS / math.sqrt(2 * math.pi)).tolist()
 
 
 def closed_form_variance(hidden: Tensor, logits: Tensor, weight: Tensor, dropout: float) -> Tensor:
@@ -42,9 +42,13 @@ def probability_variance(mean: Tensor, variance: Tensor) -> Tensor:
     """Var sigmoid(x) for x ~ N(mean, variance), by Gauss-Hermite quadrature with 8 nodes."""
     # Of -x it is the same, and a probability near 0 keeps the digits that one near 1 would lose.
     mean, deviation = -mean.abs(), variance.sqrt()
-    probabilities = [torch.sigmoid(mean + node * deviation) for node in _NODES.tolist()]
-    expected = sum(w * p for w, p in zip(_WEIGHTS.tolist(), probabilities, strict=True))
-    return sum(w * (p - expected).square() for w, p in zip(_WEIGHTS.tolist(), probabilities, strict=True))
+    probabilities = [torch.sigmoid(mean + node * deviation) for node in _NODES]
+    expected = _expectation(probabilities)
+    return _expectation([(p - expected).square() for p in probabilities])
+
+
+def _expectation(values: list[Tensor]) -> Tensor:
+    return sum((w * v for w, v in zip(_WEIGHTS, values, strict=True)), values[0].new_zeros(()))
 
 
 def monte_carlo_variance(hidden: Tensor, weight: Tensor, bias: Tensor, masks: Tensor) -> Tensor:

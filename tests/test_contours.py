@@ -80,6 +80,18 @@ def test_a_jump_through_zero_is_an_outline():
     assert contour.area == pytest.approx((right - left) * 50.1, rel=5e-3)
 
 
+def test_every_vertex_lies_on_the_outline():
+    """Of a disk with a jump whose values vary on both sides; the vertices' places on the grid are all different."""
+
+    def function(x, y):
+        radius = ((x - 0.013) ** 2 + (y + 0.027) ** 2) ** 0.5
+        return torch.where(radius < 0.61, 1.5 + torch.sin(7 * x), -0.4 + 0.3 * torch.cos(5 * y))
+
+    ((((contour,),),),) = find_contours(Field(function), (300, 300))
+    distance = np.linalg.norm(contour.exterior - 150 * (1 + np.array([0.013, -0.027])), axis=-1) - 150 * 0.61
+    assert len(distance) > 700 and np.abs(distance).max() < 0.05 and np.abs(distance).mean() < 0.02
+
+
 def test_holes_and_components():
     def function(x, y):
         radius = (x**2 + y**2) ** 0.5
@@ -150,6 +162,8 @@ def test_geojson_by_hand():
     assert feature["properties"] == {"class": "polyp"} and feature["geometry"]["type"] == "MultiPolygon"
     (outer, hole), (other,) = feature["geometry"]["coordinates"]
     assert outer == SQUARE.tolist() and hole == HOLE.tolist() and other == (SQUARE + 5).tolist()
+    feature = to_geojson([Contour(SQUARE, [])], {}, spacing=(0.5, 2.0))
+    assert feature["geometry"]["coordinates"] == [[[[0, 0], [2, 0], [2, 6], [0, 6], [0, 0]]]]
 
 
 def test_coco_by_hand():

@@ -8,14 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import imedsam.contours
 import imedsam.mask_field
 import imedsam.rendering
 from imedsam.implicit_decoder import ClassLinear, CoordinateEncoding, HiddenLinear, ImplicitDecoder, fourier_features
+from imedsam.losses import segmentation_loss
 from imedsam.mask_field import ImplicitMaskField
 from imedsam.prompt_fusion import Prompts
 from imedsam.uncertainty import selection_threshold
 
 CHANNELS, EMBEDDING = 4, 32  # of the tiny SAM: features per point, and of a prompt
+SQUARE = [[-1.0, -1.0, 1.0, 1.0]] * 2
 
 
 @pytest.fixture
@@ -32,8 +35,7 @@ def make_field(tiny_config, randomised):
         frame = torch.tensor([0.1, -0.2, 0.5, 0.6]) + 0.1 * torch.rand(6, 4, generator=generator)
         if classes is None:
             classes = torch.arange(config.num_labels).expand(6, -1)
-        square = torch.tensor([[-1.0, -1.0, 1.0, 1.0]]).repeat(2, 1)
-        return ImplicitMaskField(decoder, config, features, prompt, frame, classes, square)
+        return ImplicitMaskField(decoder, config, features, prompt, frame, classes, torch.tensor(SQUARE))
 
     return make
 
@@ -232,6 +234,28 @@ def test_initialisation(tiny_config):
     assert head.abs().max().item() == pytest.approx(256**-0.5, rel=0.05) and decoder.coarse.head.bias.abs().max() == 0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(1, 1), (7, 33), (64, 48), (200, 10)])
+@pytest.mark.parametrize("region", [SQUARE, [[-0.9, -0.5, 0.7, 1.0], [0.0, 0.25, 1.0, 0.3]]])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("uncertainty", ["closed_form", "monte_carlo"])
+def test_exact_rendering_against_the_naive_networks(make_field, size, region, dtype, tolerance, uncertainty):
+    """At each pixel's centre by itself."""
+    field, region = make_field(num_labels=2, dtype=dtype, uncertainty=uncertainty), torch.tensor(region, dtype=dtype)
+    masks = field.render(size, region, mode="exact")
+    x, y = ((torch.arange(length, dtype=torch.float64) + 0.5) / length for length in size[::-1])
+    shares = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+    points = (1 - shares) * region[:, None, :2].double() + shares * region[:, None, 2:].double()
+    points = points[:, None].expand(2, 3, -1, -1).to(dtype)
+    threshold = field.threshold.view(2, 3, 2, 1, 1)
+    for label in range(2):
+        coarse, fine = (logits.unflatten(-1, size) for logits in naive_values(field, points, label))
+        merged = torch.where(masks.uncertainty[:, :, label] > threshold[:, :, label], fine, coarse)
+        assert_close(masks.coarse_logits[:, :, label], coarse, atol=tolerance, rtol=tolerance)
+        assert_close(masks.logits[:, :, label], merged, atol=tolerance, rtol=tolerance)
+    assert masks.logits.dtype == masks.uncertainty.dtype == dtype
+
+
 # The field: one function of position
 
 
@@ -384,7 +408,58 @@ def test_the_threshold_is_taken_once(make_field, monkeypatch):
     )
     for _ in range(2):
         field.render((20, 20)), field.values(random_points(10)), field.render((5, 5), mode="exact")
-    assert len(taken) == 1
+    assert len(taken) == 6  # one per prompt
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("side", "saved"), [(64, 6 * 64**2), (32, 0), (100, 0)])
+def test_adaptive_rendering_begins_with_the_lattice_of_the_threshold(make_field, monkeypatch, side, saved):
+    """It is evaluated anyway. One that is too coarse, or finer than the output, is of no use."""
+    field = make_field(num_labels=2, selection_lattice=side)
+    assert field.known_lattice(torch.tensor(SQUARE)) is None
+    masks, exact = field.render((100, 80)), field.render((side, side), mode="exact")
+    lattice = torch.stack([exact.logits, exact.coarse_logits, exact.uncertainty]).flatten(1, 2)
+    assert_close(field.known_lattice(torch.tensor(SQUARE)), lattice, atol=1e-4, rtol=1e-4)
+    assert field.known_lattice(0.5 * torch.tensor(SQUARE)) is None
+    monkeypatch.setattr(ImplicitMaskField, "known_lattice", lambda *_: None)
+    again = field.render((100, 80))
+    assert again.num_points - masks.num_points == saved
+    assert_close(again.logits, masks.logits, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_there_is_no_threshold_without_a_selection(make_field):
+    with pytest.raises(ValueError, match="Expected a field with a selection for a threshold, got selection=None"):
+        _ = make_field(selection=None).threshold
+
+
+@torch.no_grad()
+def test_a_ranking_field_is_asked_and_rendered_in_any_order(make_field, monkeypatch):
+    """With `top_k`; its outlines are those of its masks, at their threshold."""
+    expected = make_field(selection="top_k").render((20, 20)).logits
+    field, thresholds = make_field(selection="top_k"), []
+    field(random_points(10))
+    monkeypatch.setattr(imedsam.rendering, "PROMPTS_AT_ONCE", 2)
+    assert_close(field.render((20, 20)).logits, expected)
+    monkeypatch.setattr(
+        imedsam.contours,
+        "evaluate_points",
+        lambda of, *args: thresholds.append(of.threshold) or imedsam.rendering.evaluate_points(of, *args),
+    )
+    rendered = field.render((20, 20))
+    imedsam.contours.find_contours(field, (20, 20), rendered=rendered)
+    tau = selection_threshold(rendered.uncertainty.flatten(-2).flatten(0, 1), 0.125)
+    assert thresholds and all(torch.equal(threshold, tau) for threshold in thresholds)
+
+
+def test_outlines_are_found_without_dropout(make_field):
+    field = make_field(train=True)
+    areas = [
+        [contour.area for prompt in image for mask in prompt for contour in mask]
+        for _ in range(2)
+        for image in imedsam.contours.find_contours(field, (20, 20))
+    ]
+    assert areas[0] and areas[:2] == areas[2:]
 
 
 @torch.no_grad()
@@ -408,14 +483,31 @@ def test_gradients_reach_everything(make_field):
     assert not values.uncertainty.requires_grad
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("values", [{}, {"uncertainty": "monte_carlo"}, {"selection": "top_k"}, {"num_labels": 2}])
-def test_float64(make_field, values):
-    double, single = make_field(dtype=torch.float64, **values), make_field(**values)
-    expected, masks = single.render((16, 16)), double.render((16, 16))
-    assert_close(masks.coarse_logits.float(), expected.coarse_logits, atol=1e-3, rtol=1e-3)
-    assert_close(masks.uncertainty.float(), expected.uncertainty, atol=1e-3, rtol=1e-3)
-    assert (masks.logits != masks.coarse_logits).any()
+def test_gradients_against_finite_differences(make_field):
+    """In float64, of the weighted loss of both fields, along a random direction of each tensor."""
+    field, points = make_field(dtype=torch.float64, num_labels=2), random_points(200)
+    generator = torch.Generator().manual_seed(3)
+    labels, weights = torch.rand(2, 2, 3, 2, 200, generator=generator, dtype=torch.float64)
+    tensors = {"features": field.features, "prompt": field.prompt, **dict(field.decoder.named_parameters())}
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+
+    def loss():
+        values = field.values(points)
+        return sum(
+            segmentation_loss(of, labels.round(), weights).sum() for of in (values.logits, values.coarse_logits)
+        )
+
+    gradients = torch.autograd.grad(loss(), list(tensors.values()))
+    for (name, tensor), gradient in zip(tensors.items(), gradients, strict=True):
+        direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            tensor += 1e-7 * direction
+            after = loss()
+            tensor -= 2e-7 * direction
+            difference = (after - loss()) / 2e-7
+            tensor += 1e-7 * direction
+        assert_close((gradient * direction).sum(), difference, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @torch.no_grad()

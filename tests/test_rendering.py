@@ -1,15 +1,16 @@
 """Fields on grids: where the pixel centres are, tiles, regions, scores."""
 
-import math
-
+import numpy as np
 import pytest
 import torch
 from known_fields import KnownField
+from scipy.ndimage import distance_transform_edt
 from torch.testing import assert_close
 
 import imedsam.rendering
 from imedsam.mask_field import FieldValues, InterpolatedMaskField
 from imedsam.rendering import RENDER_MODES, RenderedMasks, pixel_centres, render
+from imedsam.training.phantoms import LESION, draw_phantom
 
 SQUARE = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])
 
@@ -155,13 +156,12 @@ class Disks(KnownField):
         return FieldValues(logits, logits, torch.zeros_like(logits))
 
 
-@pytest.mark.parametrize("size", [96, 128, 384, 500])
+@pytest.mark.parametrize("size", [(64, 64), (96, 96), (384, 384), (500, 200), (896, 896)])
 def test_the_smallest_structure_that_is_always_found(size):
-    """A disk of 1.5 * 2^k pixels, wherever it lies."""
-    stride = 2 ** int(math.log2(max(1, size / imedsam.rendering.FIRST_CELLS)))
-    radius = 1.5 * stride / size
-    centre = (torch.rand(20, 2, generator=torch.Generator().manual_seed(size)) * 2 - 1) * (1 - radius)
-    exact, adaptive = (render(Disks(radius, centre), (size, size), mode=mode) for mode in RENDER_MODES)
+    """A disk of one and a half cells of the first lattice, wherever it lies."""
+    radius = 1.5 / imedsam.rendering.FIRST_LATTICE
+    centre = (torch.rand(20, 2, generator=torch.Generator().manual_seed(size[0])) * 2 - 1) * (1 - radius)
+    exact, adaptive = (render(Disks(radius, centre), size, mode=mode) for mode in RENDER_MODES)
     assert torch.equal(adaptive.logits > 0, exact.logits > 0)
     assert (exact.logits > 0).flatten(2).any(dim=-1).all()
 
@@ -178,6 +178,64 @@ def test_a_small_structure_in_its_box_is_found(size, diameter):
     exact, adaptive = (render(field, (size, size), mode=mode) for mode in RENDER_MODES)
     assert torch.equal(adaptive.logits > 0, exact.logits > 0)
     assert adaptive.num_points < 0.1 * exact.num_points
+
+
+@pytest.mark.parametrize(
+    ("size", "side"),
+    [((1000, 1000), 130), ((384, 384), 66), ((896, 896), 140), ((500, 4000), 200), ((384, 1536), 100)],
+)
+def test_the_smallest_structure_that_is_always_found_in_a_frame(size, side):
+    """A disk of one and a half sixteenths of the frame's side, wherever in it; cells of unequal sides included."""
+    scale = torch.tensor([2 / size[1], 2 / size[0]])
+
+    class Round(Disks):
+        """Disks in the pixels of the grid."""
+
+        def values(self, coordinates, point_areas=None):
+            distance = ((coordinates - self.centre[:, None]) / scale).norm(dim=-1)
+            logits = torch.where(distance < self.radius, 5.0, -5.0)[:, :, None]
+            return FieldValues(logits, logits, torch.zeros_like(logits))
+
+    radius = 0.75 * side / imedsam.rendering.FRAME_CELLS
+    generator = torch.Generator().manual_seed(side)
+    frame = torch.rand(8, 2, generator=generator) * (torch.tensor(size[::-1]) - side)
+    places = frame + radius + torch.rand(8, 2, generator=generator) * (side - 2 * radius)
+    field = Round(radius, places * scale - 1)
+    field.frame = torch.cat([(frame + side / 2) * scale - 1, (side / 2 * scale).expand(8, 2)], dim=-1)
+    exact, adaptive = (render(field, size, mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+    assert (exact.logits > 0).flatten(2).any(dim=-1).all()
+    assert adaptive.num_points < 0.1 * exact.num_points
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_small_lesions_of_phantoms_are_found_whole(seed):
+    """Irregular outlines, shrunk until they just hold a disk of one and a half cells of the first lattice."""
+    phantom, side = draw_phantom(seed), 512
+    lesion = phantom.mask(side, side) == LESION
+    radius = distance_transform_edt(lesion).max() / side
+    zoom = radius / (0.75 / imedsam.rendering.FIRST_LATTICE)
+    place = np.random.default_rng(seed).uniform(0.1, 0.9, 2)
+
+    class Lesion(KnownField):
+        def values(self, coordinates, point_areas=None):
+            offsets = (coordinates.numpy() + 1) / 2 - place
+            x, y = np.moveaxis(np.argwhere(lesion).mean(axis=0)[::-1] / side + zoom * offsets, -1, 0)
+            logits = torch.from_numpy(np.where(phantom.label_at(x, y) == LESION, 5.0, -5.0))[:, :, None]
+            return FieldValues(logits, logits, torch.zeros_like(logits))
+
+    field = Lesion(1, 1, torch.device("cpu"))
+    exact, adaptive = (render(field, (384, 384), mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0) and (exact.logits > 0).sum() > 9**2 / 2
+    assert adaptive.num_points < 0.1 * exact.num_points
+
+
+def test_a_pixel_has_one_value_in_both_modes(monkeypatch):
+    """Where adaptive rendering evaluates it, to the last bit."""
+    monkeypatch.setattr(imedsam.rendering, "MARGIN", float("inf"))
+    region = torch.tensor([[-1.0, -1.0, 1.0, 0.4883], [-0.7, 0.1, 0.31, 0.9]])
+    exact, adaptive = (render(Shapes(), (150, 170), region, mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits, exact.logits) and torch.equal(adaptive.uncertainty, exact.uncertainty)
 
 
 def test_a_doubtful_place_is_not_smoothed_over():
@@ -248,7 +306,15 @@ def test_refused_sizes(size):
 
 
 @pytest.mark.parametrize(
-    "region", [[0.0, 0.0, 1.0], [0.5, 0.0, 0.5, 1.0], [0.0, 1.0, 1.0, -1.0], [[[0, 0, 1, 1]]], [[0, 0, 1, 1]] * 3]
+    "region",
+    [
+        [float("nan"), 0.0, 1.0, 1.0],
+        [0.0, 0.0, 1.0],
+        [0.5, 0.0, 0.5, 1.0],
+        [0.0, 1.0, 1.0, -1.0],
+        [[[0, 0, 1, 1]]],
+        [[0, 0, 1, 1]] * 3,
+    ],
 )
 def test_refused_regions(region):
     with pytest.raises(ValueError, match="Expected region as x0, y0, x1, y1 .* with x0 < x1 and y0 < y1"):

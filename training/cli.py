@@ -47,6 +47,10 @@ def predict(
     contours: Annotated[
         Path | None, typer.Option(help="GeoJSON file for the masks' outlines, in the images' pixels.")
     ] = None,
+    spacing: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Width and height of a pixel in millimetres, for outlines in millimetres."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Segment what is in the boxes: mask, overlay and uncertainty as PNG, and report.json."""
@@ -58,6 +62,10 @@ def predict(
 
     if (box is None) == (boxes is None):
         raise typer.BadParameter("Expected boxes by --box x0 y0 x1 y1 or by --boxes FILE, got both or neither.")
+    if spacing is not None and (contours is None or min(spacing) <= 0):
+        raise typer.BadParameter(
+            f"Expected --spacing to be positive and together with --contours, got {spacing} and contours {contours}."
+        )
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -77,7 +85,7 @@ def predict(
         if class_name is not None and class_name not in classes:
             raise ValueError(f"Expected --class to be one of {', '.join(classes)}, got {class_name!r}.")
         class_label = None if class_name is None else classes[class_name]
-        report = predict_files(pipeline, prompts, output, size, window, class_label, contours)
+        report = predict_files(pipeline, prompts, output, size, window, class_label, contours, spacing)
     except SafetensorError as error:
         message = f"Expected a whole checkpoint at {model}, got a damaged one ({error}): copy or download it again."
         raise typer.BadParameter(message) from error

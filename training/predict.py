@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from imedsam.contours import to_geojson
 from imedsam.pipeline import IMedSamPipeline, Segmentation
+from imedsam.training.examples import IMAGE_SUFFIXES
 from imedsam.training.pictures import displayable, overlay, uncertainty_picture
 from imedsam.training.report import write_json
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 Box = Sequence[float]
 
 
@@ -25,6 +25,7 @@ def predict_files(
     window: tuple[float, float] | None = None,
     class_label: int | None = None,
     contours: Path | None = None,
+    spacing: tuple[float, float] | None = None,
 ) -> dict:
     """
     Segments image files and writes for each `NAME_mask.png` (0 and 255; `NAME_mask_2.png` and so on for further
@@ -35,7 +36,8 @@ def predict_files(
         size: (height, width) of what is written; each image's own by default.
         window: (low, high) of the intensities to see, for 16-bit and float images.
         class_label: index of the class to segment; by default each box gets the class with the best score.
-        contours: a GeoJSON file to write the masks' outlines to, in pixels of the images.
+        contours: a GeoJSON file to write the masks' outlines to.
+        spacing: (x, y) size of a pixel, such as in millimetres, which the outlines are then in; in pixels by default.
 
     Raises:
         ValueError: some images could not be segmented; the results of the others have been written.
@@ -77,7 +79,9 @@ def predict_files(
         if segmentation.contours is not None:
             for index, (best, *_) in enumerate(_per_box(segmentation)):
                 properties = {"image": path.name, "box": list(image_boxes[index]), **report[path.name]["masks"][index]}
-                features.append(to_geojson(segmentation.contours[index][best], properties))
+                if spacing is not None:
+                    properties["spacing"] = list(spacing)
+                features.append(to_geojson(segmentation.contours[index][best], properties, spacing or (1.0, 1.0)))
     write_json(output_dir / "report.json", report)
     if contours is not None:
         write_json(contours, {"type": "FeatureCollection", "features": features})
@@ -95,8 +99,7 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"Expected one image in {path}, got {image.n_frames} pages: save one of them.")
-            image.load()
-            return image
+            return ImageOps.exif_transpose(image)  # as every viewer shows it, and boxes were drawn
     except FileNotFoundError:
         raise ValueError(f"Expected an image at {path}, got no such file.") from None
     except (OSError, Image.DecompressionBombError) as error:

@@ -1,0 +1,39 @@
+"""`torch.compile` takes the encoder and the field as one graph each."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_encoder_is_one_graph(from_sam, inputs, merged):
+    model = from_sam().eval()
+    if merged:
+        model.merge_and_unload()
+    expected = model.get_image_embeddings(inputs["pixel_values"])
+    encode = torch.compile(model.get_image_embeddings, fullgraph=True, backend="eager")
+    assert_close(encode(inputs["pixel_values"]), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("values", [{}, {"num_labels": 3}, {"selection": None}], ids=str)
+def test_the_field_is_one_graph_for_all_images(from_sam, inputs, values):
+    model, graphs = from_sam(**values).eval(), []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    evaluate = torch.compile(lambda field, points: field(points), fullgraph=True, backend=backend)
+    for image in range(2):
+        embeddings = model.get_image_embeddings(inputs["pixel_values"][image, None])
+        field = model.get_mask_field(embeddings, inputs["input_boxes"][image, None])
+        points = 2 * torch.rand(1, 2, 50, 2, generator=torch.Generator().manual_seed(image)) - 1
+        assert_close(evaluate(field, points), field(points))
+    assert len(graphs) == 1
