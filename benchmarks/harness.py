@@ -141,7 +141,10 @@ def trained_pipeline(args: argparse.Namespace) -> tuple[IMedSamPipeline, Example
     if args.model is None:
         train_once([*flags.split(), "--model_name_or_path", start, "--dataset_name", dataset, "--output_dir", folder])
     examples = load_examples(dataset, "validation", num_images=8, image_size=384)
-    return IMedSamPipeline.from_pretrained(args.model or folder), examples, what
+    pipeline = IMedSamPipeline.from_pretrained(args.model or folder)
+    if (mode := pipeline.processor.image_processor.resize_mode) != "stretch":
+        raise SystemExit(f"Expected a model whose square is the image, resize_mode stretch, got {mode}: give another.")
+    return pipeline, examples, what
 
 
 def train_once(flags: list[str]) -> None:
@@ -167,7 +170,7 @@ def make_field(pipeline: IMedSamPipeline, example: dict) -> MaskField:
 def as_new(field: MaskField) -> MaskField:
     """A field that has not taken its threshold yet: the first rendering pays for it."""
     field = copy(field)
-    field.__dict__.pop("threshold", None)
+    field._threshold = field._lattice = None
     return field
 
 

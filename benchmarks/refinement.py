@@ -1,0 +1,96 @@
+"""
+Refinement: how many points adaptive rendering evaluates, and how many pixels differ from exact rendering, with other
+margins, tolerances and cells in the prompt's frame. The constants of `imedsam.rendering` are chosen from its results;
+the goals hold them to it.
+
+    python benchmarks/refinement.py
+
+About 10 minutes on two cores, and counts alone: it may share them.
+"""
+
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from harness import Goals, finish, make_field, parse_args, trained_pipeline
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+import imedsam.rendering
+
+SIZES = (384, 896)
+CONSTANTS = ("MARGIN", "UNCERTAINTY_TOLERANCE", "FRAME_CELLS", "FIRST_LATTICE")
+VALUES = {
+    "MARGIN": (0.0, 0.25, 0.5, 2.0),
+    "UNCERTAINTY_TOLERANCE": (0.02, 0.25),
+    "FRAME_CELLS": (0, 8, 32),
+    "FIRST_LATTICE": (96,),
+}
+
+
+def main() -> None:
+    args = parse_args(__doc__)
+    pipeline, examples, what = trained_pipeline(args)
+    settings = {"as it is": {}} | {f"{name} {v}": {name: v} for name, values in VALUES.items() for v in values}
+    rows, goals = [], Goals()
+    for size in (128,) if args.quick else SIZES:
+        compared = [
+            compare(make_field(pipeline, example), (size, size), settings)
+            for example in tqdm(examples, desc=f"{size}")
+        ]
+        for name in settings:
+            figures = {key: [image[name][key] for image in compared] for key in compared[0][name]}
+            rows.append({"size": size, "setting": name, **{key: float(np.mean(v)) for key, v in figures.items()}})
+            rows[-1]["most_unequal_pixels"] = int(max(figures["unequal_pixels"]))
+            print(rows[-1], flush=True)
+    least = 99.5 if args.quick else 99.99  # a field that has hardly been trained is full of specks
+    for row in rows:
+        if row["setting"] == "as it is":
+            equal = 1 - row["unequal_pixels"] / row["size"] ** 2
+            goals.at_least(f"equal pixels at {row['size']}", 100 * equal, least, " %")
+    constants = {name: getattr(imedsam.rendering, name) for name in CONSTANTS}
+    results = {"images": what, "num_images": len(examples), "constants": constants, "settings": rows}
+    finish("refinement", args, results, goals, plot(rows))
+
+
+@torch.no_grad()
+def compare(field, size, settings) -> dict[str, dict[str, float]]:
+    exact, figures = field.render(size, mode="exact"), {}
+    for name, constants in settings.items():
+        with changed(constants):
+            adaptive = field.render(size, mode="adaptive")
+        figures[name] = {
+            "points": adaptive.num_points,
+            "unequal_pixels": int(((adaptive.logits > 0) != (exact.logits > 0)).sum()),
+            "uncertainty_error": float((adaptive.uncertainty - exact.uncertainty).abs().max()),
+        }
+    return figures
+
+
+@contextmanager
+def changed(constants):
+    before = {name: getattr(imedsam.rendering, name) for name in constants}
+    try:
+        vars(imedsam.rendering).update(constants)
+        yield
+    finally:
+        vars(imedsam.rendering).update(before)
+
+
+def plot(rows) -> Figure:
+    """A bar per setting, beside a line at what the constants as they are give."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    sizes = sorted({row["size"] for row in rows})
+    panels = figure.subplots(1, 2 * len(sizes), sharey=True)
+    keys = {"points": "points evaluated", "unequal_pixels": "pixels unlike exact rendering"}
+    for axes, (size, key) in zip(panels, ((size, key) for size in sizes for key in keys), strict=True):
+        chosen = [row for row in rows if row["size"] == size][::-1]
+        axes.barh([row["setting"] for row in chosen], [row[key] for row in chosen], color="tab:blue")
+        axes.axvline(chosen[-1][key], color="red", linewidth=1)
+        axes.set(xlabel=keys[key], title=f"{size} x {size}")
+        axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
