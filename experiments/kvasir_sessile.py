@@ -23,6 +23,7 @@ import numpy as np
 
 from imedsam import IMedSamPipeline
 from imedsam.training.arguments import parse_args
+from imedsam.training.checkpoints import STATE_FILE, find_checkpoints
 from imedsam.training.demo import draw
 from imedsam.training.evaluation import evaluate_masks, floor_metrics
 from imedsam.training.examples import load_examples
@@ -68,22 +69,24 @@ def main() -> None:
         flags += ["--model_name_or_path", checkpoints[start], "--dataset_name", str(args.data)]
         flags += ["--output_dir", str(folder)]
         if not (folder / "metrics.json").exists():
+            for checkpoint in find_checkpoints(folder)[-1:]:
+                refuse_another_recipe(checkpoint / STATE_FILE, flags)
             train(flags)
-        refuse_another_recipe(folder, flags)
+        refuse_another_recipe(folder / "metrics.json", flags)
         for split in ("validation", "test") if args.test else ("validation",):
             score(folder, args.data, split)
         record(name, folder, args.results)
     print_tables(json.loads(args.results.read_text())["runs"])
 
 
-def refuse_another_recipe(folder: Path, flags: list[str]) -> None:
-    """A run that lies in the folder from before counts if it was made with the flags that are given now."""
-    made_with, asked_for = json.loads((folder / "metrics.json").read_text())["arguments"], vars(parse_args(flags))
+def refuse_another_recipe(path: Path, flags: list[str]) -> None:
+    """A run from before, finished or not, counts if it was made with the flags that are given now."""
+    made_with, asked_for = json.loads(path.read_text())["arguments"], vars(parse_args(flags))
     asked_for = json.loads(json.dumps(asked_for))
     if different := [key for key, value in asked_for.items() if value not in (None, made_with.get(key))]:
         raise SystemExit(
-            f"Expected a run of this recipe in {folder}, got another {', '.join(different)}: move it away, or choose "
-            "another --output_dir."
+            f"Expected a run of this recipe in {path.parent}, got another {', '.join(different)}: move it away, or "
+            "choose another --output_dir."
         )
 
 
