@@ -133,6 +133,12 @@ class IMedSamConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._refuse_contradictions()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Values given beside the dictionary are held to the same rules as those in it."""
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in CONFIGURATION_KEYS}
+        return super().from_dict({**config_dict, **given}, **kwargs)
+
     @property
     def image_size(self) -> int:
         """Side of the square `pixel_values`."""
@@ -208,6 +214,12 @@ class IMedSamConfig(PreTrainedConfig):
                 f"got {vision.image_size}/{vision.patch_size} and {prompt.image_size}/{prompt.patch_size}: every box "
                 "would be wrong. Set both, or use IMedSamModel.from_sam_pretrained(..., image_size=...)."
             )
+        widths = (vision.output_channels, prompt.hidden_size, self.sam_config.mask_decoder_config.hidden_size)
+        if len(set(widths)) > 1:
+            raise ValueError(
+                "Expected one width for vision_config.output_channels, prompt_encoder_config.hidden_size and "
+                f"mask_decoder_config.hidden_size, got {widths}: SAM adds and multiplies what they put out."
+            )
         if not self.id2label:
             raise ValueError("Expected at least 1 class, got 0: set num_labels=1 for a binary task.")
         if sorted(self.id2label) != list(range(len(self.id2label))):
@@ -271,3 +283,4 @@ class IMedSamConfig(PreTrainedConfig):
 
 
 _PRETRAINED_FIELDS = {field.name for field in fields(PreTrainedConfig)}
+CONFIGURATION_KEYS = {field.name for field in fields(IMedSamConfig)} - _PRETRAINED_FIELDS | {"num_labels", "id2label"}

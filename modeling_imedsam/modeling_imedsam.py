@@ -142,7 +142,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
         elif coordinates is not None:
             output["point_logits"], _ = field(coordinates)
         if coordinates is None and (labels is None or output_size is not None):
-            masks = field.render(output_size or (self.config.image_size, self.config.image_size))
+            masks = field.render((self.config.image_size,) * 2 if output_size is None else output_size)
             output["pred_masks"], output["coarse_masks"] = masks.logits, masks.coarse_logits
             output["uncertainty"], output["iou_scores"] = masks.uncertainty, masks.scores
             if prompt_attention_mask is not None:
@@ -198,9 +198,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
         prompts = Prompts.check(batch_size, input_boxes, input_points, input_labels, input_masks)
         self._check_class_labels(class_labels, prompts.shape)
         encoded = self.prompt_encoder(prompts)
-        features, mask_token = self.mask_decoder.fuse(
-            image_embeddings.repeat_interleave(prompts.shape[1], dim=0), self.prompt_encoder.image_positions(), encoded
-        )
+        features, mask_token = self.mask_decoder.fuse(image_embeddings, self.prompt_encoder.image_positions(), encoded)
         if self.implicit_decoder is None or self._adapter_disabled:
             return InterpolatedMaskField(self.mask_decoder.predict(features, mask_token).unflatten(0, prompts.shape))
         if class_labels is None:
@@ -309,7 +307,7 @@ def _mean_loss(
 ) -> Tensor:
     """
     The mean over the images of the mean over each image's prompts, so that it does not matter how images are spread
-    over processes and accumulation steps.
+    over processes and accumulation steps of one size.
     """
     labels = labels.to(values.logits.dtype)
     coarse = segmentation_loss(values.coarse_logits[:, :, 0], labels, point_weights)

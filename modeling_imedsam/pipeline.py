@@ -60,6 +60,9 @@ class IMedSamPipeline:
         cls, pretrained_model_name_or_path: str | os.PathLike, device: str | torch.device = "cpu", **kwargs: Any
     ) -> IMedSamPipeline:
         """
+        Loads a model and its processor. In float32, LoRA is merged into the encoder: the same function without its
+        price. In half precision it is not, where a small update would drown in the rounding of the weights.
+
         Args:
             pretrained_model_name_or_path: Hub name or folder with a model and its processor.
             device: where to run.
@@ -67,6 +70,8 @@ class IMedSamPipeline:
         """
         model = IMedSamModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
         model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps it as a plain function
+        if model.dtype == torch.float32:
+            model.merge_and_unload()
         return cls(model, IMedSamProcessor.from_pretrained(pretrained_model_name_or_path))
 
     def __call__(self, image: Any, window: tuple[float, float] | None = None, **prompts: Any) -> Segmentation:
@@ -134,7 +139,7 @@ class IMedSamPipeline:
         )
         region = self.processor.get_image_regions(image["original_sizes"], image["reshaped_input_sizes"])
         height, width = image["original_sizes"][0].tolist()
-        rendered = field.render(output_size or (height, width), region)
+        rendered = field.render((height, width) if output_size is None else output_size, region)
         outlines = None
         if contours:
             grid = rendered.logits.shape[-2:]

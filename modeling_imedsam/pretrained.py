@@ -21,12 +21,13 @@ from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
     CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     cached_file,
     find_adapter_config_file,
 )
 
-from imedsam.configuration.configuration_imedsam import IMedSamConfig
+from imedsam.configuration.configuration_imedsam import CONFIGURATION_KEYS, IMedSamConfig
 from imedsam.frequency import FrequencyBranch
 from imedsam.image_encoder import resize_positions
 from imedsam.implicit_decoder import ClassLinear, HiddenLinear
@@ -82,7 +83,10 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         Args:
             pretrained_model_name_or_path: Hub name or folder.
             base_model_name_or_path: where an adapter's SAM is, if not where the adapter says.
+            kwargs: values of [`IMedSamConfig`] to change, and what transformers' `from_pretrained` takes.
         """
+        if kwargs.get("output_loading_info"):
+            raise ValueError("Expected no output_loading_info, got it: the model alone is returned.")
         path = str(pretrained_model_name_or_path)
         if os.path.isdir(path):  # where not every release of transformers looks into the subfolder for an adapter
             path = os.path.join(path, kwargs.pop("subfolder", ""))
@@ -94,14 +98,15 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
             located = {key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
             model = super().from_pretrained(folder, *args, **located)
         else:
-            config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path, **finding)
+            values = {key: kwargs.pop(key) for key in list(kwargs) if key in CONFIGURATION_KEYS}
+            config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path, **finding, **values)
             base = base_model_name_or_path or PeftConfig.from_pretrained(path, **finding).base_model_name_or_path
             if not base:
                 raise ValueError(
                     f"Expected the adapter at {path} to name the SAM that it belongs to, got no name: "
                     "give base_model_name_or_path."
                 )
-            kwargs.setdefault("dtype", "auto")
+            kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.get("dtype", "auto")
             model = cls._base_from_sam(
                 base, config, **{key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
             )
@@ -153,7 +158,7 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
             return super().save_pretrained(save_directory, is_main_process, **kwargs)
         if not is_main_process:
             return
-        self.save_adapter(save_directory)
+        self._save_adapter(save_directory)
         save_torch_state_dict(self._base_state_dict(), str(save_directory))
 
     def save_adapter(self, save_directory: str | os.PathLike) -> None:
@@ -166,6 +171,15 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
             raise ValueError(
                 "Expected a model with an adapter, got one without: use save_pretrained (lora_rank is 0)."
             )
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+            if Path(save_directory, name).exists():
+                raise ValueError(
+                    f"Expected a folder for the adapter alone, got one with a whole model, {save_directory}: loading "
+                    "would put the adapter on that. Choose another folder, or use save_pretrained."
+                )
+        self._save_adapter(save_directory)
+
+    def _save_adapter(self, save_directory: str | os.PathLike) -> None:
         self.config.architectures = [type(self).__name__]
         self.config.dtype = self.dtype
         self.config.save_pretrained(save_directory)
@@ -188,9 +202,9 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         Loads a further adapter; `set_adapter(adapter_name)` switches to it.
 
         Raises:
-            ValueError: an adapter of another configuration.
+            ValueError: an adapter of another configuration than that of those which are there.
         """
-        if peft_model_id is not None:
+        if peft_model_id is not None and self._hf_peft_config_loaded:
             other = self.config_class.from_pretrained(
                 peft_model_id, **_only_finding(kwargs.get("adapter_kwargs") or {})
             )
@@ -337,6 +351,11 @@ _SHARED_BY_ADAPTERS = (
     "coordinate_octaves",
     "prompt_frame",
     "prompt_frame_octaves",
+    "dropout",
+    "uncertainty",
+    "selection",
+    "selection_share",
+    "selection_lattice",
 )
 _FINDING_KEYS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 _LOADING_KEYS = _FINDING_KEYS | {"dtype", "attn_implementation"}

@@ -168,6 +168,28 @@ def test_the_base_can_be_elsewhere(model, inputs, sam_folder, tmp_path):
         IMedSamModel.from_pretrained(tmp_path / "adapter")
 
 
+@torch.no_grad()
+def test_an_adapter_takes_the_arguments_that_a_whole_model_takes(model, inputs, tmp_path):
+    model.save_adapter(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "whole")
+    values = {"uncertainty": "monte_carlo", "monte_carlo_samples": 3}
+    alone, whole = (IMedSamModel.from_pretrained(tmp_path / kind, **values) for kind in ("adapter", "whole"))
+    assert alone.config.uncertainty == whole.config.uncertainty == "monte_carlo"
+    assert torch.equal(alone(**inputs).uncertainty, whole(**inputs).uncertainty)
+    assert not torch.equal(alone(**inputs).uncertainty, model(**inputs).uncertainty)
+    for kind in ("adapter", "whole"):
+        assert IMedSamModel.from_pretrained(tmp_path / kind, dtype=torch.bfloat16).dtype == torch.bfloat16
+        with pytest.raises(ValueError, match="Expected no output_loading_info"):
+            IMedSamModel.from_pretrained(tmp_path / kind, output_loading_info=True)
+
+
+def test_an_adapter_alone_is_not_put_on_another_whole_model(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Expected a folder for the adapter alone, got one with a whole model"):
+        model.save_adapter(tmp_path)
+    model.save_pretrained(tmp_path)
+
+
 def test_revision_and_subfolder_are_the_adapters_alone(model, inputs, tmp_path):
     model.save_adapter(tmp_path / "liver")
     loaded = IMedSamModel.from_pretrained(tmp_path, subfolder="liver", revision="main")
@@ -255,7 +277,9 @@ def test_a_second_new_adapter_starts_at_sam_and_leaves_the_first_alone(model, in
         ({"frequency_view": "haar"}, "Expected an adapter with frequency_view 'amplitude', got 'haar' at"),
         ({"image_size": 96}, "Expected an adapter with image_size 64, got 96 at"),
         ({"prompt_frame": False}, "Expected an adapter with prompt_frame True, got False at"),
-        ({"selection": None}, "Expected an adapter for this model's configuration, got one with missing .*fine"),
+        ({"selection": None}, "Expected an adapter with selection 'threshold', got None at"),
+        ({"selection_share": 0.5}, "Expected an adapter with selection_share 0.125, got 0.5 at"),
+        ({"train_mask_decoder": True}, "Expected an adapter for this model's configuration, got one with missing"),
     ],
     ids=str,
 )

@@ -102,6 +102,17 @@ def test_unknown_keys_are_refused():
         IMedSamConfig(b=1, a=2)
 
 
+def test_values_given_on_loading_are_held_to_the_same_rules(tmp_path):
+    IMedSamConfig().save_pretrained(tmp_path)
+    assert IMedSamConfig.from_pretrained(tmp_path, selection_share=0.5, num_labels=1).selection_share == 0.5
+    with pytest.raises(ValueError, match="Expected dropout > 0 with a selection"):
+        IMedSamConfig.from_pretrained(tmp_path, dropout=0.0)
+    with pytest.raises(ValueError, match=r"Expected selection_share in \(0, 1\], got 2.0"):
+        IMedSamConfig.from_pretrained(tmp_path, selection_share=2.0)
+    with pytest.raises(ValueError, match="Expected num_labels and id2label to agree"):
+        IMedSamConfig.from_pretrained(tmp_path, num_labels=3)
+
+
 @pytest.mark.parametrize(
     "values",
     [

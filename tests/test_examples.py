@@ -32,6 +32,20 @@ def test_examples_of_a_folder(label_folder):
     assert len(load_examples(str(label_folder), "train", num_images=2)) == 2
 
 
+def test_names_with_suffixes_and_turned_photographs(folder):
+    image = Image.open(folder / "images" / "a.jpg")
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    image.rotate(90, expand=True).save(folder / "images" / "a.jpg", exif=exif)
+    splits = {"train": ["a.jpg", "b"], "validation": ["c"], "test": ["d.png"]}
+    (folder / "splits.json").write_text(json.dumps(splits))
+    examples = load_examples(str(folder), "train")
+    assert examples[0]["image"].size == examples[1]["image"].size == (60, 40)
+    difference = np.asarray(examples[0]["image"], dtype=float) - np.asarray(image, dtype=float)
+    assert np.abs(difference).mean() < 5
+    assert len(load_examples(str(folder), "test")) == 1
+
+
 @pytest.mark.parametrize("scale", [1, 255])
 def test_binary_masks_of_either_kind(tmp_path, scale):
     folder = write_folder(tmp_path / "data", [disk(20, 20, 10, 10, 5)] * 5, scale=scale)

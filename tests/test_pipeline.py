@@ -58,6 +58,16 @@ def test_masks_have_the_images_size_and_equal_processor_and_model(pipeline, imag
     assert region[0, 3] < 1  # the image is padded below: the region matters
 
 
+@pytest.mark.parametrize(("dtype", "merged"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_lora_is_merged_where_that_loses_nothing(folder, image, dtype, merged):
+    pipeline = IMedSamPipeline.from_pretrained(folder, dtype=dtype)
+    model = IMedSamModel.from_pretrained(folder, dtype=dtype)
+    assert any("lora" in name for name in model.state_dict())
+    assert any("lora" in name for name in pipeline.model.state_dict()) != merged
+    expected = IMedSamPipeline(model, pipeline.processor)(image, input_boxes=[BOX])
+    np.testing.assert_allclose(pipeline(image, input_boxes=[BOX]).logits, expected.logits, atol=1e-4)
+
+
 def test_prompts_are_answered_on_one_encoding(pipeline, image, monkeypatch):
     pipeline.set_image(image)
     monkeypatch.setattr(pipeline.model, "get_image_embeddings", None)
@@ -151,6 +161,12 @@ def test_predict_writes_outlines_in_the_images_pixels(folder, image, tmp_path, p
     for polygon, contour in zip(feature["geometry"]["coordinates"], contours, strict=True):
         for ring, curve in zip(polygon, [contour.exterior, *contour.holes], strict=True):
             np.testing.assert_allclose(ring, curve)
+    result = run(*arguments, "--size", *size, "--contours", tmp_path / "mm.geojson", "--spacing", 0.5, 2)
+    assert result.exit_code == 0, result.output
+    (scaled,) = json.loads((tmp_path / "mm.geojson").read_text())["features"]
+    assert scaled["properties"] == {**feature["properties"], "spacing": [0.5, 2]}
+    ring, pixels = (of["geometry"]["coordinates"][0][0] for of in (scaled, feature))
+    np.testing.assert_allclose(ring, np.array(pixels) * [0.5, 2])
     points = np.concatenate([contour.exterior for contour in contours])
     # Vertices lie on the edges of a grid whose points are half a pixel apart: at (k + 1/2) / 2 or on the border.
     on_grid = np.isclose((2 * points - 0.5) % 1, 0, atol=1e-6) | np.isclose((2 * points - 0.5) % 1, 1, atol=1e-6)
@@ -183,6 +199,14 @@ def test_one_bad_image_does_not_lose_the_others(folder, image, tmp_path, monkeyp
     assert result.exit_code == 2 and "Expected another folder for the results" in result.output
 
 
+def test_photographs_are_turned_as_viewers_show_them(tmp_path):
+    image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    image.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.png")), np.rot90(np.asarray(image), -1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -196,6 +220,8 @@ def test_one_bad_image_does_not_lose_the_others(folder, image, tmp_path, monkeyp
         (["--image", "a.png", "--boxes", "text.png"], "Expected a JSON file"),
         (["--image", "a.png", "--boxes", "flat.json"], "another layout"),
         (["--image", "a.png", "--box", *BOX, "--class", "liver"], "got 'liver'"),
+        (["--image", "a.png", "--box", *BOX, "--spacing", 1, 1], "together with --contours, got (1.0, 1.0)"),
+        (["--image", "a.png", "--box", *BOX, "--contours", "a.json", "--spacing", 0, 1], "to be positive"),
         (["--image", "a.png", "--box", *BOX, "--model", "no/such/folder"], "no/such/folder"),
     ],
 )

@@ -145,12 +145,12 @@ def test_the_card(trained):
     card = (trained / "README.md").read_text()
     head, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert "library_name: imedsam" in head and "pipeline_tag: mask-generation" in head
-    assert f"| this model | {read(trained)['validation']['dice']:.3f} |" in body
+    assert f"| this model | {100 * read(trained)['validation']['dice']:.1f} |" in body
     assert "inscribed ellipse" in body and "test (3 images)" in body and "Limits" in body
     code = body.split("```python\n")[1].split("```")[0]
     image = trained / "image.png"
     Image.new("RGB", (50, 40)).save(image)
-    code = code.replace(f'"{trained.name}"', f'r"{trained}"').replace("image.png", str(image))
+    code = code.replace(f'"path/to/{trained.name}"', f'r"{trained}"').replace("image.png", str(image))
     names = {"x0": 5, "y0": 5, "x1": 30, "y1": 20}
     exec(code, names)
     assert names["mask"].shape == (40, 50) and names["mask"].dtype == bool
@@ -365,7 +365,8 @@ def test_a_killed_process_is_resumed(sam_folder, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_double_batch(sam_folder, tmp_path):
-    flags = "--num_train_epochs 2 --coarse_ramp_epochs 1 --learning_rate 3e-3".split()
+    # 10 images: a batch of 4 does not divide them.
+    flags = "--num_train_epochs 2 --coarse_ramp_epochs 1 --learning_rate 3e-3 --num_train_images 10".split()
     config = ["dropout=0.0", "selection=null"]
     one, two = tmp_path / "one", tmp_path / "two"
     train.main(arguments(sam_folder, one, [*flags, "--per_device_train_batch_size", 4], config))
@@ -400,7 +401,7 @@ def test_dense_supervision_and_other_configurations(run):
     assert list((output / "imedsam").rglob("events.out.tfevents.*"))
 
 
-def test_training_goes_on_from_an_imedsam_checkpoint(run, trained, sam_folder):
+def test_training_goes_on_from_an_imedsam_checkpoint(run, trained, sam_folder, label_folder):
     flags = "--max_train_steps 1 --num_train_images 2 --num_eval_images 1 --dataset_name phantoms --phantom_size 64"
     flags = [*flags.split(), "--model_name_or_path", str(trained), "--output_dir", str(trained.with_name("more"))]
     train.main([*flags, "--num_classes", "2"])
@@ -408,6 +409,8 @@ def test_training_goes_on_from_an_imedsam_checkpoint(run, trained, sam_folder):
     assert report["image_size"] == 64 and report["history"][0]["loss"] < read(trained)["history"][0]["loss"]
     with pytest.raises(ValueError, match="Expected 2 classes in phantoms, .* got 1"):
         train.main(flags)
+    with pytest.raises(ValueError, match="{0: 'lesion', 1: 'organ'} in .*: name and number them alike"):
+        train.main([*flags, "--dataset_name", str(label_folder)])
     with pytest.raises(ValueError, match="Expected no --config, --image_size, --resize_mode or --window"):
         train.main([*flags, "--config", "lora_rank=8"])
     with pytest.raises(ValueError, match="Expected no --config, --image_size, --resize_mode or --window"):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -146,6 +146,7 @@ def _load_folder(folder, split, seed, labels):
         labels = read_labels(folder / "labels.json")
     files = []
     for name in names:
+        name = name if name in images else Path(name).stem  # with or without the suffix
         image, mask = images.get(name), folder / "masks" / f"{name}.png"
         if image is None:
             raise FileNotFoundError(
@@ -222,8 +223,8 @@ class _Files:
         images = []
         for path in self.files[index]:
             try:
-                with Image.open(path) as image:
-                    image.load()
+                with Image.open(path) as opened:
+                    image = ImageOps.exif_transpose(opened)  # as every viewer shows it
             except (OSError, SyntaxError, ValueError) as error:
                 raise ValueError(f"Expected a whole image in {path}, got {error}: replace it or remove it.") from error
             images.append(image)

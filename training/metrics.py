@@ -158,21 +158,6 @@ class MetricTable:
         """Standard deviation over the rows (divided by their number, not by one less)."""
         return {key: float(np.std(self._column(key))) for key in self._keys()}
 
-    def to_markdown(self, titles: Mapping[str, str] | None = None, digits: int = 3) -> str:
-        """A Markdown table of all rows, closed by their mean and standard deviation.
-
-        Args:
-            titles: the metrics to show, in this order, each with its column's title, such as `{"hd95": "HD95 (mm)"}`.
-                All of them under their own names if not given.
-            digits: number of decimals.
-        """
-        titles = {key: key for key in self._keys()} if titles is None else titles
-        rows = [*self.rows, {"name": "mean", **self.mean()}, {"name": "std", **self.std()}] if self.rows else []
-        lines = ["| name | " + " | ".join(titles.values()) + " |", "|---|" + "---:|" * len(titles)]
-        for row in rows:
-            lines.append(f"| {row['name']} | " + " | ".join(f"{row[key]:.{digits}f}" for key in titles) + " |")
-        return "\n".join(lines)
-
     def _keys(self) -> list[str]:
         return [key for key in self.rows[0] if key != "name"] if self.rows else []
 

@@ -2,12 +2,13 @@
 
 import json
 import platform
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 LIBRARIES = ("imedsam", "torch", "transformers", "peft", "accelerate", "monai", "numpy")
-METRIC_TITLES = {"dice": "Dice", "iou": "IoU", "hd": "HD (px)", "hd95": "HD95 (px)"}
+COLUMNS = {"dice": ("Dice", 100), "iou": ("IoU", 100), "hd": ("HD (px)", 1), "hd95": ("HD95 (px)", 1)}
 
 
 def write_report(folder: Path, report: dict) -> None:
@@ -64,16 +65,17 @@ def model_card(report: dict) -> str:
     rows = {"this model": report["validation"], **report["floors"]}
     if "validation_jittered" in report:
         rows["this model, boxes jittered"] = report["validation_jittered"]
-    table = _table("validation", report["num_images"]["validation"], rows)
+    table = markdown_table(rows, f"validation ({report['num_images']['validation']} images)")
     if "test" in report:
         rows = {"this model": report["test"], "this model, boxes jittered": report.get("test_jittered")}
         rows |= report["test_floors"]
-        table += "\n" + _table("test", report["num_images"]["test"], {k: v for k, v in rows.items() if v})
+        rows = {name: metrics for name, metrics in rows.items() if metrics}
+        table += "\n" + markdown_table(rows, f"test ({report['num_images']['test']} images)")
     classes = ", ".join(report["classes"].values())
     trained = ", ".join(f"{name} {count:,}" for name, count in report["trainable_parameters"].items())
     return CARD.format(
         head="\n".join(head),
-        name=Path(arguments["output_dir"]).name,
+        name=Path(arguments["output_dir"]).resolve().name,
         dataset=dataset if dataset == "phantoms" or _is_hub_name(dataset) else Path(dataset).name,
         base=base if _is_hub_name(base) else Path(base).name,
         image_size=report["image_size"],
@@ -103,7 +105,7 @@ resolution. Classes: {classes}.
 from PIL import Image
 from imedsam import IMedSamPipeline
 
-pipeline = IMedSamPipeline.from_pretrained("{name}")
+pipeline = IMedSamPipeline.from_pretrained("path/to/{name}")
 pipeline.set_image(Image.open("image.png"))
 mask = pipeline.predict(input_boxes=[[x0, y0, x1, y1]], class_labels=[0]).masks[0, 0]
 ```
@@ -112,8 +114,8 @@ Boxes are in pixels of the image, (0, 0) being its top left corner.
 
 ## Metrics
 
-Means over objects, at the images' own size. Boxes come from the reference masks, so the filled box and the ellipse
-inscribed in it are what the prompt alone is worth.
+Means over objects, at the images' own size; Dice and IoU in percent. Boxes come from the reference masks, so the
+filled box and the ellipse inscribed in it are what the prompt alone is worth.
 
 {table}
 ## Training
@@ -128,11 +130,15 @@ object; they say nothing about other devices, populations or loosely drawn boxes
 """
 
 
-def _table(title, num_images, rows):
-    lines = [f"| {title} ({num_images} images) | " + " | ".join(METRIC_TITLES.values()) + " |"]
-    lines.append("|---|" + "---:|" * len(METRIC_TITLES))
+def markdown_table(rows: Mapping[str, Mapping[str, float]], title: str = "") -> str:
+    """A row per method; Dice and IoU in percent, distances in pixels."""
+    lines = [
+        f"| {title} | " + " | ".join(name for name, _ in COLUMNS.values()) + " |",
+        "|---|" + "---:|" * len(COLUMNS),
+    ]
     for name, metrics in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{metrics[key]:.3f}" for key in METRIC_TITLES) + " |")
+        values = (f"{scale * metrics[key]:.1f}" for key, (_, scale) in COLUMNS.items())
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState, skip_first_batches
 from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -70,7 +70,6 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = get_model_and_processor(args, examples["train"])
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(args.output_dir) / "metrics.json").unlink(missing_ok=True)  # the sign of a finished run
         model.print_trainable_parameters()
     train_loader = get_dataloaders(args, examples["train"], processor)
     optimizer = torch.optim.AdamW(get_parameter_groups(model, args))
@@ -89,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         scalars = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers("imedsam", config=scalars)
     state = resume(accelerator, args)
+    if accelerator.is_main_process:
+        (Path(args.output_dir) / "metrics.json").unlink(missing_ok=True)  # the sign of a finished run
     train(
         accelerator, model, processor, train_loader, examples["validation"], optimizer, scheduler, average, args, state
     )
@@ -282,6 +283,11 @@ def get_model_and_processor(args: argparse.Namespace, examples: Examples) -> tup
             f"Expected {model.config.num_labels} classes in {args.dataset_name}, which {path} was trained for, got "
             f"{len(examples.id2label)}: start from a SAM checkpoint."
         )
+    if examples.labels is not None and model.config.id2label != examples.id2label:
+        raise ValueError(
+            f"Expected the classes {model.config.id2label} in {args.dataset_name}, which {path} was trained for, got "
+            f"{examples.id2label}: name and number them alike, or start from a SAM checkpoint."
+        )
     return model, IMedSamProcessor.from_pretrained(path)
 
 
@@ -304,6 +310,8 @@ def get_dataloaders(args: argparse.Namespace, examples: Examples, processor: IMe
     return DataLoader(
         dataset,
         batch_size=args.per_device_train_batch_size,
+        # An incomplete last batch would be filled up with images of the first one if there are several processes.
+        drop_last=len(dataset) >= args.per_device_train_batch_size * PartialState().num_processes,
         sampler=EpochSampler(dataset, args.seed),
         collate_fn=collate_prompts,
         num_workers=args.dataloader_num_workers,

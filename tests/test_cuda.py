@@ -1,0 +1,57 @@
+"""On CUDA: the CPU's masks, outlines and gradients."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from imedsam.contours import find_contours
+from imedsam.rendering import RENDER_MODES
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator that speaks CUDA")
+
+
+@pytest.fixture
+def pair(from_sam, monkeypatch):
+    """The same model on the CPU and on CUDA, both in full precision."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return from_sam().eval(), from_sam().eval().to("cuda")
+
+
+def to_cuda(inputs):
+    return {name: value.to("cuda") for name, value in inputs.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", RENDER_MODES)
+def test_masks_and_outlines(pair, inputs, mode):
+    fields = [
+        model.get_mask_field(model.get_image_embeddings(given["pixel_values"]), given["input_boxes"])
+        for model, given in zip(pair, (inputs, to_cuda(inputs)), strict=True)
+    ]
+    cpu, cuda = (field.render((100, 120), mode=mode) for field in fields)
+    assert cuda.logits.is_cuda
+    equal = (cpu.logits > 0) == (cuda.logits > 0).cpu()
+    assert equal.float().mean() > 0.99
+    assert_close(cuda.uncertainty.cpu(), cpu.uncertainty, atol=1e-2, rtol=0)
+    areas = [
+        sum(contour.area for prompt in image for mask in prompt for contour in mask)
+        for field in fields
+        for image in find_contours(field, (100, 120))
+    ]
+    np.testing.assert_allclose(areas[:2], areas[2:], rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step(pair, inputs, dtype):
+    inputs["labels"] = torch.zeros(2, 2, 40, 40)
+    inputs["labels"][..., 10:30, 8:20] = 1
+    losses = []
+    for model, given in zip(pair, (inputs, to_cuda(inputs)), strict=True):
+        device = given["labels"].device.type
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            losses.append(model(**given).loss)
+        losses[-1].backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert losses[1].is_cuda
+    assert_close(losses[1].cpu(), losses[0], atol=1e-3 if dtype == torch.float32 else 5e-2, rtol=0)
