@@ -131,7 +131,7 @@ def trained_pipeline(args: argparse.Namespace) -> tuple[IMedSamPipeline, Example
     if root is not None and not args.quick:
         dataset, what = str(Path(root) / "data" / "kvasir_sessile"), "Kvasir-Sessile, validation images"
         start, folder = str(Path(root) / "checkpoints" / "medical-tiny-sam-384"), "outputs/benchmarks/kvasir-sessile"
-        flags = f"--augmentation light --mixed_precision bf16 {FIELD_TRAINING.format(epochs=8)}"
+        flags = f"--augmentation light {FIELD_TRAINING.format(epochs=8)}"
     else:
         dataset, what = "phantoms:ultrasound", "phantoms that the model has not seen"
         start, folder = save_start(), f"outputs/benchmarks/phantoms{'-quick' if args.quick else ''}"

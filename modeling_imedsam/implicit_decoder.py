@@ -109,7 +109,7 @@ class CoarseField(nn.Module):
         first = cast(HiddenLinear, self.layers[0])
         own, shared = first.weight.split([points.shape[-1], prompt.shape[-1]], dim=-1)
         shared = F.linear(prompt, shared, first.bias)[:, None]
-        hidden = torch.baddbmm(shared, points, own.T.expand(len(points), -1, -1))
+        hidden = F.linear(points, own).add_(shared)
         hidden = F.relu(self.norms[0](hidden), inplace=True)
         for layer, norm in zip(self.layers[1:], self.norms[1:], strict=True):
             hidden = F.relu(norm(layer(hidden)), inplace=True)

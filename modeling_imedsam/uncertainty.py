@@ -41,14 +41,10 @@ def logit_variance(hidden: Tensor, weight: Tensor, dropout: float) -> Tensor:
 def probability_variance(mean: Tensor, variance: Tensor) -> Tensor:
     """Var sigmoid(x) for x ~ N(mean, variance), by Gauss-Hermite quadrature with 8 nodes."""
     # Of -x it is the same, and a probability near 0 keeps the digits that one near 1 would lose.
-    mean, deviation = -mean.abs(), variance.sqrt()
-    probabilities = [torch.sigmoid(mean + node * deviation) for node in _NODES]
-    expected = _expectation(probabilities)
-    return _expectation([(p - expected).square() for p in probabilities])
-
-
-def _expectation(values: list[Tensor]) -> Tensor:
-    return sum((w * v for w, v in zip(_WEIGHTS, values, strict=True)), values[0].new_zeros(()))
+    nodes, weights = mean.new_tensor(_NODES), mean.new_tensor(_WEIGHTS)
+    probabilities = torch.sigmoid(-mean.abs()[..., None] + variance.sqrt()[..., None] * nodes)
+    expected = (probabilities * weights).sum(dim=-1, keepdim=True)
+    return ((probabilities - expected).square() * weights).sum(dim=-1)
 
 
 def monte_carlo_variance(hidden: Tensor, weight: Tensor, bias: Tensor, masks: Tensor) -> Tensor:

@@ -64,6 +64,10 @@ REFUSED = [
     ),
     ({"sam_config": {"vision_config": {"image_size": 0}}}, "divisible by the patch size 16, got 0: use 16"),
     ({"sam_config": {"vision_config": {"image_size": [64, 64]}}}, r"a square image_size .* got \[64, 64\] and 16"),
+    (
+        {"sam_config": {"vision_config": {"output_channels": 128}}},
+        r"one width for vision_config.output_channels, .*, got \(128, 256, 256\): SAM adds and multiplies",
+    ),
     ({"frequency_hidden": 0}, "frequency_hidden of at least 1, got 0"),
     ({"coordinate_octaves": 0}, "coordinate_octaves of at least 1, got 0"),
     ({"prompt_frame_octaves": -1}, "prompt_frame_octaves of at least 0, got -1"),
