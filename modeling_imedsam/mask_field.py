@@ -1,7 +1,8 @@
 """Mask fields: logits and uncertainty as functions of a continuous position, bound to images and their prompts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import cast
@@ -124,7 +125,8 @@ class MaskField(ABC):
 
 class ImplicitMaskField(MaskField):
     """
-    The coarse and fine fields of the implicit decoder.
+    The coarse and fine fields of the implicit decoder. At its first use a field takes its threshold, and with it the
+    values where adaptive rendering begins: after a change of the weights or of the precision, get a new field.
 
     Args:
         decoder: the networks.
@@ -165,15 +167,15 @@ class ImplicitMaskField(MaskField):
     def threshold(self) -> Tensor:
         """
         tau, (B P, M): the fine field decides where the uncertainty exceeds it. Taken once, on a fixed lattice, so that
-        the field at a point does not depend on which other points are asked for; with the weights, and in the
-        precision, of its first use.
+        the field at a point does not depend on which other points are asked for.
         """
         if self._threshold is None:
-            self._take_lattice()
-        return cast(Tensor, self._threshold)
+            with without_gradients(self.device):
+                self._threshold, self._lattice = self._take_lattice()
+        return self._threshold
 
-    @torch.no_grad()
-    def _take_lattice(self) -> None:
+    def _take_lattice(self) -> tuple[Tensor, Tensor]:
+        """The threshold, (B P, M), and the values that it is taken from, (3, B P, M, S, S)."""
         if (fine := self.decoder.fine) is None:
             raise ValueError("Expected a field with a selection for a threshold, got selection=None.")
         side, thresholds, values = self.config.selection_lattice, [], []
@@ -189,16 +191,19 @@ class ImplicitMaskField(MaskField):
             logits = one._refine(fine, encoded, hidden, coarse, uncertainty > threshold[..., None])
             thresholds.append(threshold)
             values.append(torch.stack([logits, coarse, uncertainty]))
-        self._threshold, self._lattice = torch.cat(thresholds), torch.cat(values, dim=1).unflatten(-1, (side, side))
+        return torch.cat(thresholds), torch.cat(values, dim=1).unflatten(-1, (side, side))
 
     def known_lattice(self, region: Tensor) -> Tensor | None:
-        if self._lattice is None or not torch.allclose(region, self.lattice_region, atol=1e-6):
+        if self._lattice is None or not torch.allclose(region.to(self.lattice_region), self.lattice_region, atol=1e-6):
             return None
         return self._lattice
 
     def eval(self) -> "ImplicitMaskField":
-        # Itself where it can be, so that the threshold is taken once.
-        return cast(ImplicitMaskField, super().eval()) if self.training else self
+        if not self.training:
+            return self  # so that the threshold is taken once
+        field = cast(ImplicitMaskField, super().eval())
+        field._threshold = field._lattice = None
+        return field
 
     def at(self, rows: Tensor) -> "ImplicitMaskField":
         field = self._rows(rows)
@@ -245,12 +250,9 @@ class ImplicitMaskField(MaskField):
         values = FieldValues(logits, coarse, uncertainty)
         return FieldValues(*(v.unflatten(0, (self.batch_size, self.num_prompts)) for v in vars(values).values()))
 
-    @torch.no_grad()
     def uncertainty(self, coordinates: Tensor) -> Tensor:
         points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
-        device = points.device.type
-        # Weights that autocast casts here have no gradient: a pass that needs one must not find them in its cache.
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+        with without_gradients(points.device):
             _, hidden = self._trunk(points)
         return self._uncertainty(hidden).unflatten(0, (self.batch_size, self.num_prompts))
 
@@ -321,3 +323,14 @@ class InterpolatedMaskField(MaskField):
         logits = sampled[..., 0].unflatten(0, (self.batch_size, self.num_prompts))
         probability = logits.detach().sigmoid()
         return FieldValues(logits, logits, probability * (1 - probability))
+
+
+@contextmanager
+def without_gradients(device: torch.device) -> Iterator[None]:
+    """
+    `no_grad`, and apart from autocast's cache: weights that it casts here have no gradient, and a pass that needs one
+    must not find them.
+    """
+    kind = device.type
+    with torch.no_grad(), torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+        yield

@@ -61,7 +61,8 @@ class IMedSamPipeline:
     ) -> IMedSamPipeline:
         """
         Loads a model and its processor. In float32, LoRA is merged into the encoder: the same function without its
-        price. In half precision it is not, where a small update would drown in the rounding of the weights.
+        price, and without adapters to switch. In half precision it is not, where a small update would drown in the
+        rounding of the weights.
 
         Args:
             pretrained_model_name_or_path: Hub name or folder with a model and its processor.
@@ -85,7 +86,8 @@ class IMedSamPipeline:
         Encodes an image; what was prompted on another one is forgotten.
 
         Args:
-            image: what the image processor takes: PIL, numpy or torch; grey, RGB or RGBA.
+            image: what the image processor takes: PIL, numpy or torch; grey, RGB or RGBA. A photograph is taken as its
+                pixels are stored: `PIL.ImageOps.exif_transpose` turns it as viewers show it.
             window: (low, high) of the intensities to see, for 16-bit and float images.
         """
         images_kwargs: dict[str, Any] = {} if window is None else {"window": window}

@@ -91,7 +91,13 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         if os.path.isdir(path):  # where not every release of transformers looks into the subfolder for an adapter
             path = os.path.join(path, kwargs.pop("subfolder", ""))
         finding = _only_finding(kwargs)
-        if find_adapter_config_file(path, **finding) is None:
+        has_adapter = find_adapter_config_file(path, **finding) is not None
+        if has_adapter and (fixed := [key for key in ("lora_rank", "lora_alpha", "lora_targets") if key in kwargs]):
+            raise ValueError(
+                f"Expected the LoRA of the adapter at {path}, got values for {', '.join(fixed)}: leave them out, or "
+                "begin anew with from_sam_pretrained."
+            )
+        if not has_adapter:
             _refuse_sam_checkpoint(path, finding)
             model = super().from_pretrained(path, *args, **kwargs)
         elif (folder := _folder_of_whole_model(path, finding)) is not None:
@@ -99,6 +105,10 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
             model = super().from_pretrained(folder, *args, **located)
         else:
             values = {key: kwargs.pop(key) for key in list(kwargs) if key in CONFIGURATION_KEYS}
+            if values and "config" in kwargs:
+                raise ValueError(
+                    f"Expected config or values for it, got both: put {', '.join(values)} into the config."
+                )
             config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path, **finding, **values)
             base = base_model_name_or_path or PeftConfig.from_pretrained(path, **finding).base_model_name_or_path
             if not base:
@@ -202,8 +212,13 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         Loads a further adapter; `set_adapter(adapter_name)` switches to it.
 
         Raises:
-            ValueError: an adapter of another configuration than that of those which are there.
+            ValueError: an adapter of another configuration than that of those which are there, or none to switch from.
         """
+        if not self._hf_peft_config_loaded and self.config.lora_rank == 0:
+            raise ValueError(
+                f"Expected a model with LoRA to load {peft_model_id} into, got one without, or with LoRA merged into "
+                "its weights: load it by itself with from_pretrained."
+            )
         if peft_model_id is not None and self._hf_peft_config_loaded:
             other = self.config_class.from_pretrained(
                 peft_model_id, **_only_finding(kwargs.get("adapter_kwargs") or {})

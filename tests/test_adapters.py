@@ -181,6 +181,10 @@ def test_an_adapter_takes_the_arguments_that_a_whole_model_takes(model, inputs, 
         assert IMedSamModel.from_pretrained(tmp_path / kind, dtype=torch.bfloat16).dtype == torch.bfloat16
         with pytest.raises(ValueError, match="Expected no output_loading_info"):
             IMedSamModel.from_pretrained(tmp_path / kind, output_loading_info=True)
+        with pytest.raises(ValueError, match="Expected the LoRA of the adapter at .*, got values for lora_rank"):
+            IMedSamModel.from_pretrained(tmp_path / kind, lora_rank=8)
+    with pytest.raises(ValueError, match="Expected config or values for it, got both: put dropout into the config"):
+        IMedSamModel.from_pretrained(tmp_path / "adapter", config=model.config, dropout=0.1)
 
 
 def test_an_adapter_alone_is_not_put_on_another_whole_model(model, tmp_path):
@@ -331,6 +335,10 @@ def test_without_an_adapter(from_sam, tmp_path):
         model.save_adapter(tmp_path)
     with pytest.raises(ValueError, match="lora_rank of at least 1 for an adapter, got 0"):
         model.add_adapter()
+    from_sam().save_adapter(tmp_path)
+    for alone in (model, from_sam().merge_and_unload()):
+        with pytest.raises(ValueError, match="a model with LoRA to load .*, got one without, or with LoRA merged"):
+            alone.load_adapter(tmp_path)
 
 
 def test_saving_obeys_its_arguments(model, tmp_path):

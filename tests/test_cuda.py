@@ -1,4 +1,4 @@
-"""On CUDA: the CPU's masks, outlines and gradients."""
+"""On CUDA: the CPU's masks, outlines, losses and gradients."""
 
 import numpy as np
 import pytest
@@ -36,14 +36,14 @@ def test_masks_and_outlines(pair, inputs, mode):
     assert_close(cuda.uncertainty.cpu(), cpu.uncertainty, atol=1e-2, rtol=0)
     areas = [
         sum(contour.area for prompt in image for mask in prompt for contour in mask)
-        for field in fields
-        for image in find_contours(field, (100, 120))
+        for field, rendered in zip(fields, (cpu, cuda), strict=True)
+        for image in find_contours(field, (100, 120), rendered=rendered)
     ]
     np.testing.assert_allclose(areas[:2], areas[2:], rtol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_training_step(pair, inputs, dtype):
+def test_a_step_without_dropout(pair, inputs, dtype):
     inputs["labels"] = torch.zeros(2, 2, 40, 40)
     inputs["labels"][..., 10:30, 8:20] = 1
     losses = []
@@ -52,6 +52,12 @@ def test_a_training_step(pair, inputs, dtype):
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             losses.append(model(**given).loss)
         losses[-1].backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert losses[1].is_cuda
     assert_close(losses[1].cpu(), losses[0], atol=1e-3 if dtype == torch.float32 else 5e-2, rtol=0)
+    on_cpu, on_cuda = (dict(model.named_parameters()) for model in pair)
+    for name, parameter in on_cpu.items():
+        assert (on_cuda[name].grad is None) == (parameter.grad is None), name
+        if parameter.grad is not None and dtype == torch.float32:
+            assert_close(on_cuda[name].grad.cpu(), parameter.grad, atol=1e-3, rtol=0.02, msg=name)
+        elif parameter.grad is not None:
+            assert on_cuda[name].grad.isfinite().all(), name

@@ -155,7 +155,10 @@ def test_an_image_in_two_splits_is_refused(folder, validation):
     (folder / "splits.json").write_text(json.dumps(splits))
     with pytest.raises(ValueError, match=f"one split of .*splits.json, got 'b' in train and {validation}"):
         load_examples(str(folder), "train")
-    (folder / "splits.json").write_text(json.dumps({**splits, validation: ["c"]}))
+    (folder / "splits.json").write_text(json.dumps({**splits, validation: ["c", "b.jpg"]}))
+    with pytest.raises(ValueError, match=f"got 'b' in train and {validation}"):
+        load_examples(str(folder), "train")
+    (folder / "splits.json").write_text(json.dumps({**splits, validation: ["c.JPG"]}))
     assert load_examples(str(folder), "validation").names == ["c"]
 
 

@@ -383,16 +383,27 @@ def test_points_drawn_by_their_uncertainty(model, inputs, monkeypatch, train):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_drawing_points_costs_no_gradient(model, inputs, dtype):
+@pytest.mark.parametrize("mode", [True, False])
+def test_neither_drawn_points_nor_a_threshold_costs_a_gradient(model, inputs, dtype, mode):
     """Autocast's cache must not keep the weights that it cast without gradients."""
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model).train(mode)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         labels = (torch.rand(2, 2, 20, 20, generator=torch.Generator().manual_seed(0)) > 0.5).float()
-        model(**inputs, labels=labels, num_points=60).loss.backward()
+        model(**inputs, labels=labels, num_points=60 if mode else None).loss.backward()
     trained = [(name, p) for name, p in model.implicit_decoder.named_parameters() if p.requires_grad]
     assert len(trained) > 10
     for name, parameter in trained:
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+def test_a_rectangle_may_be_more_precise_than_the_field(model, inputs):
+    embeddings = model.get_image_embeddings(inputs["pixel_values"])
+    field = model.get_mask_field(embeddings, input_boxes=inputs["input_boxes"])
+    for region in ([-1.0, -1.0, 1.0, 1.0], [-0.5, 0.0, 0.5, 0.75]):
+        single, double = (torch.tensor(region, dtype=dtype) for dtype in (torch.float32, torch.float64))
+        logits = [field.render((80, 90), rectangle).logits for rectangle in (single, double)]
+        assert_close(*logits, atol=1e-3, rtol=0)
 
 
 def test_no_points_to_draw_are_refused(model, inputs):

@@ -137,7 +137,10 @@ def _load_phantoms(split, num_images, seed, size, num_classes, kind):
 def _load_folder(folder, split, seed, labels):
     images = _find_images(folder / "images")
     if (folder / "splits.json").exists():
-        splits = json.loads((folder / "splits.json").read_text())
+        splits = {
+            name: list(map(_without_suffix, names))
+            for name, names in json.loads((folder / "splits.json").read_text()).items()
+        }
         _check_splits_are_disjoint(splits, folder / "splits.json")
         names = _pick_split(splits, split, folder / "splits.json")
     else:
@@ -146,7 +149,6 @@ def _load_folder(folder, split, seed, labels):
         labels = read_labels(folder / "labels.json")
     files = []
     for name in names:
-        name = name if name in images else Path(name).stem  # with or without the suffix
         image, mask = images.get(name), folder / "masks" / f"{name}.png"
         if image is None:
             raise FileNotFoundError(
@@ -170,6 +172,10 @@ def _find_images(folder):
             )
         images[path.stem] = path
     return images
+
+
+def _without_suffix(name):
+    return name.removesuffix(suffix) if (suffix := Path(name).suffix).lower() in IMAGE_SUFFIXES else name
 
 
 def _check_splits_are_disjoint(splits, where):
