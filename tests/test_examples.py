@@ -143,6 +143,21 @@ def test_labels_are_read(label_folder):
     assert read_labels(label_folder / "labels.json") == {0: "background", 1: "organ", 2: "lesion"}
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "Expected JSON in .*splits.json, got"),
+        ('["a"]', "Expected an object in .*splits.json, got list"),
+        ('{"train": 3}', "Expected a list of names for train in .*splits.json, got 3"),
+        ('{"train": [1, 2]}', r"Expected a list of names for train in .*splits.json, got \[1, 2\]"),
+    ],
+)
+def test_wrong_splits_are_named(folder, text, message):
+    (folder / "splits.json").write_text(text)
+    with pytest.raises(ValueError, match=message + '.*write .*"train"'):
+        load_examples(str(folder), "train")
+
+
 def test_two_images_of_one_name_are_refused(folder):
     Image.new("RGB", (60, 40)).save(folder / "images" / "b.bmp")
     with pytest.raises(ValueError, match="Expected one image of each name in .*images, got b.bmp and b.jpg"):
@@ -158,7 +173,7 @@ def test_an_image_in_two_splits_is_refused(folder, validation):
     (folder / "splits.json").write_text(json.dumps({**splits, validation: ["c", "b.jpg"]}))
     with pytest.raises(ValueError, match=f"got 'b' in train and {validation}"):
         load_examples(str(folder), "train")
-    (folder / "splits.json").write_text(json.dumps({**splits, validation: ["c.JPG"]}))
+    (folder / "splits.json").write_text(json.dumps({**splits, validation: ["c.JPG"], "seed": 3}))
     assert load_examples(str(folder), "validation").names == ["c"]
 
 

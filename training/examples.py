@@ -137,10 +137,7 @@ def _load_phantoms(split, num_images, seed, size, num_classes, kind):
 def _load_folder(folder, split, seed, labels):
     images = _find_images(folder / "images")
     if (folder / "splits.json").exists():
-        splits = {
-            name: list(map(_without_suffix, names))
-            for name, names in json.loads((folder / "splits.json").read_text()).items()
-        }
+        splits = _read_splits(folder / "splits.json")
         _check_splits_are_disjoint(splits, folder / "splits.json")
         names = _pick_split(splits, split, folder / "splits.json")
     else:
@@ -174,14 +171,28 @@ def _find_images(folder):
     return images
 
 
+def _read_splits(path):
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"Expected JSON in {path}, got {error}: {_SPLITS_HELP}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected an object in {path}, got {type(content).__name__}: {_SPLITS_HELP}.")
+    splits = {name: content[name] for name in (*SPLITS, *VALIDATION_NAMES) if name in content}
+    for name, names in splits.items():
+        if not isinstance(names, list) or not all(isinstance(image, str) for image in names):
+            raise ValueError(f"Expected a list of names for {name} in {path}, got {names!r}: {_SPLITS_HELP}.")
+    return {name: list(map(_without_suffix, names)) for name, names in splits.items()}
+
+
 def _without_suffix(name):
     return name.removesuffix(suffix) if (suffix := Path(name).suffix).lower() in IMAGE_SUFFIXES else name
 
 
 def _check_splits_are_disjoint(splits, where):
     seen: dict[str, str] = {}
-    for split in [split for split in (*SPLITS, *VALIDATION_NAMES) if split in splits]:
-        for name in splits[split]:
+    for split, names in splits.items():
+        for name in names:
             if seen.setdefault(name, split) != split:
                 raise ValueError(
                     f"Expected every image in one split of {where}, got {name!r} in {seen[name]} and {split}: remove "
@@ -219,6 +230,7 @@ def read_labels(path: Path) -> dict[int, str]:
 
 
 _LABELS_HELP = 'write {"0": "background", "1": "organ", ...}'
+_SPLITS_HELP = 'write {"train": ["a", "b"], "validation": ["c"], "test": ["d"]}'
 
 
 class _Files:
