@@ -412,7 +412,7 @@ def test_the_threshold_is_taken_once(make_field, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("side", "saved"), [(64, 6 * 64**2), (32, 0), (100, 0)])
+@pytest.mark.parametrize(("side", "saved"), [(48, 6 * 48**2), (32, 0), (100, 0)])
 def test_adaptive_rendering_begins_with_the_lattice_of_the_threshold(make_field, monkeypatch, side, saved):
     """It is evaluated anyway. One that is too coarse, or finer than the output, is of no use."""
     field = make_field(num_labels=2, selection_lattice=side)

@@ -126,19 +126,45 @@ def test_the_share_of_points_falls_with_the_size():
     assert points[2] < 0.03 * 4 * 1536**2
 
 
+class Function(KnownField):
+    """Of x and y, for one prompt."""
+
+    def __init__(self, function):
+        super().__init__(1, 1, torch.device("cpu"))
+        self.function = function
+
+    def values(self, coordinates, point_areas=None):
+        logits = self.function(*coordinates.unbind(dim=-1))[:, :, None]
+        return FieldValues(logits, logits, torch.zeros_like(logits))
+
+
+def test_a_straight_boundary_costs_hardly_more_than_the_pixels_beside_it():
+    """Interpolation is right there: only the cells that the boundary crosses are split."""
+    straight = Function(lambda x, y: 10 * (x - 0.3 * y - 0.05))
+    exact, adaptive = (render(straight, (768, 768), mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+    assert adaptive.num_points - imedsam.rendering.FIRST_LATTICE**2 < 7 * 768
+
+
+def test_a_ragged_boundary_is_looked_at_more_closely(monkeypatch):
+    """Interpolation is wrong there: cells are split that no boundary crosses between their corners."""
+    ragged = Function(lambda x, y: 2 * (y - 0.1 * torch.sin(5 * x)) + 0.2 * torch.sin(60 * x) * torch.sin(54 * y))
+    exact = render(ragged, (384, 384), mode="exact").logits > 0
+    unequal = ((render(ragged, (384, 384)).logits > 0) != exact).sum()
+    are_undecided = imedsam.rendering._are_undecided
+    monkeypatch.setattr(
+        imedsam.rendering,
+        "_are_undecided",
+        lambda corners, error=None: are_undecided(corners, None if error is None else 0 * error),
+    )
+    without = ((render(ragged, (384, 384)).logits > 0) != exact).sum()
+    assert unequal < 5e-4 * 384**2 and 5 * unequal < without
+
+
 def test_a_thin_line_that_is_found_once_is_followed():
     """Most of a diagonal line a pixel wide falls between the points of the first lattice."""
-
-    class Line(KnownField):
-        def __init__(self):
-            super().__init__(1, 1, torch.device("cpu"))
-
-        def values(self, coordinates, point_areas=None):
-            x, y = coordinates.unbind(dim=-1)
-            logits = (4 - 1000 * (x - 0.6 * y - 0.031).abs())[:, :, None]
-            return FieldValues(logits, logits, torch.zeros_like(logits))
-
-    exact, adaptive = (render(Line(), (384, 384), mode=mode) for mode in RENDER_MODES)
+    line = Function(lambda x, y: 4 - 1000 * (x - 0.6 * y - 0.031).abs())
+    exact, adaptive = (render(line, (384, 384), mode=mode) for mode in RENDER_MODES)
     assert torch.equal(adaptive.logits > 0, exact.logits > 0) and (exact.logits > 0).any(dim=-1).all()
     assert adaptive.num_points < 0.1 * exact.num_points
 
@@ -232,7 +258,7 @@ def test_small_lesions_of_phantoms_are_found_whole(seed):
 
 def test_a_pixel_has_one_value_in_both_modes(monkeypatch):
     """Where adaptive rendering evaluates it, to the last bit."""
-    monkeypatch.setattr(imedsam.rendering, "MARGIN", float("inf"))
+    monkeypatch.setattr(imedsam.rendering, "UNCERTAINTY_TOLERANCE", -1.0)  # no cell is decided
     region = torch.tensor([[-1.0, -1.0, 1.0, 0.4883], [-0.7, 0.1, 0.31, 0.9]])
     exact, adaptive = (render(Shapes(), (150, 170), region, mode) for mode in RENDER_MODES)
     assert torch.equal(adaptive.logits, exact.logits) and torch.equal(adaptive.uncertainty, exact.uncertainty)
