@@ -23,6 +23,7 @@ from harness import (
     make_field,
     matrix_products,
     measure,
+    median_first,
     parse_args,
     peak_memory,
     ratio,
@@ -32,7 +33,7 @@ from matplotlib.figure import Figure
 from scipy.ndimage import distance_transform_edt
 from torch.utils.flop_counter import FlopCounterMode
 
-from imedsam.rendering import FIRST_LATTICE, evaluate_points, pixel_centres
+from imedsam.rendering import RENDER_MODES, evaluate_points, pixel_centres
 from imedsam.training.evaluation import sample_mask
 from imedsam.training.metrics import dice
 
@@ -44,6 +45,8 @@ def main() -> None:
     args = parse_args(__doc__)
     pipeline, examples, what = trained_pipeline(args)
     fields = [make_field(pipeline, example) for example in examples]
+    order = median_first(fields)
+    fields, examples = [fields[number] for number in order], examples.select(order)
     reference = AuthorsDecoder().eval()
     measure_size(64, pipeline, fields, examples, reference, once=True)  # warms everything up
     rows = []
@@ -80,7 +83,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure_size(size, pipeline, fields, examples, reference, once) -> dict:
-    """Times on the first image; agreement on all of them, or on that one if everything is done once only."""
+    """Times on the first image; agreement on all of them, or on that one if everything is done once."""
     output, first = (size, size), fields[0]
     mask_decoder = pipeline.model.mask_decoder
 
@@ -96,23 +99,19 @@ def measure_size(size, pipeline, fields, examples, reference, once) -> dict:
     }
     if memory_needed(size**2) < 0.9 * available_memory():
         functions = {"reference": lambda: reference(first.features, first.prompt, output), **functions}
+    rendered, peaks = {}, {}
+
+    def measure_peak(name):
+        peaks[name] = peak_memory(lambda: rendered.update({name: functions[name]()}))
+
+    # What takes minutes is called once, for its time, its memory and its masks.
+    slow = [name for name in ("reference", "exact") if size > 896 and name in functions]
+    times = measure({name: functools.partial(measure_peak, name) for name in slow}, rounds=1, warm_up=0)
+    fast = {name: function for name, function in functions.items() if name not in slow}
+    times |= measure(fast, rounds=1 if once else 3)
+    for name in fast:
+        measure_peak(name)
     row: dict = {"size": size}
-    if once:
-        rendered, peaks = {}, {}
-
-        def measure_peak(name):
-            peaks[name] = peak_memory(lambda: rendered.update({name: functions[name]()}))
-
-        measured = {name: functools.partial(measure_peak, name) for name in functions if name != "products"}
-        times = measure(measured | {"products": functions["products"]}, rounds=1, warm_up=0)
-        agreements = [agreement(rendered["exact"], rendered["adaptive"], examples[0])]
-    else:
-        times = measure(functions, rounds=3)
-        peaks = {name: peak_memory(function) for name, function in functions.items()}
-        agreements = [
-            agreement(*(field.render(output, mode=mode) for mode in ("exact", "adaptive")), example)
-            for field, example in zip(fields, examples, strict=True)
-        ]
     for name in set(functions) - {"products"}:
         row[name] = {**times[name], "peak_bytes": peaks[name]}
     for name in ("exact", "adaptive"):
@@ -121,6 +120,10 @@ def measure_size(size, pipeline, fields, examples, reference, once) -> dict:
     products = flops_per_pixel(first) * size**2 / MATRIX_PRODUCTS_FLOPS
     row["exact_over_products"] = ratio(times["exact"], times["products"]) / products
     row["gflops"] = MATRIX_PRODUCTS_FLOPS / times["products"]["seconds"] / 1e9
+    agreements = [agreement(rendered["exact"], rendered["adaptive"], examples[0])]
+    if not once:
+        for field, example in list(zip(fields, examples, strict=True))[1:]:
+            agreements.append(agreement(*(field.render(output, mode=mode) for mode in RENDER_MODES), example))
     row |= {key: float(np.mean([a[key] for a in agreements])) for key in agreements[0]}
     row["images_compared"] = len(agreements)
     return row
@@ -185,13 +188,13 @@ def plot(rows, field) -> Figure:
         axes.set_xticks([row["size"] for row in rows], [str(row["size"]) for row in rows])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    time.legend()
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower right", ncols=4)
     return figure
 
 
 def draw_points(axes, field, size=384) -> None:
     """Where adaptive rendering evaluates the field, with the mask's outline; not the image, which may not be ours."""
-    asked = [pixel_centres((FIRST_LATTICE, FIRST_LATTICE), field.lattice_region)[0]]
+    asked = [pixel_centres((field.config.selection_lattice,) * 2, field.lattice_region)[0]]
 
     def record(of, rows, coordinates):
         asked.append(coordinates)

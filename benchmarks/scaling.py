@@ -12,8 +12,6 @@ import torch
 from harness import Goals, as_new, finish, make_field, measure, parse_args, ratio, trained_pipeline
 from matplotlib.figure import Figure
 
-from imedsam.rendering import FIRST_LATTICE
-
 SIZES = (384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 
 
@@ -44,7 +42,7 @@ def measure_image(field, sizes, quick) -> dict[str, list[float]]:
     times = measure({str(size): function for size, function in functions.items()}, rounds=1 if quick else 3)
     return {
         "seconds": [times[str(size)]["seconds"] for size in sizes],
-        "points": [FIRST_LATTICE**2 + function().num_points for function in functions.values()],
+        "points": [field.config.selection_lattice**2 + function().num_points for function in functions.values()],
         "over_the_first": [ratio(times[str(size)], times[str(sizes[0])]) for size in sizes],
     }
 

@@ -254,7 +254,8 @@ class ImplicitMaskField(MaskField):
         points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
         with without_gradients(points.device):
             _, hidden = self._trunk(points)
-        return self._uncertainty(hidden).unflatten(0, (self.batch_size, self.num_prompts))
+            uncertainty = self._uncertainty(hidden, self._coarse_logits(hidden))
+        return uncertainty.unflatten(0, (self.batch_size, self.num_prompts))
 
     def _coarse(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
@@ -262,11 +263,13 @@ class ImplicitMaskField(MaskField):
         uncertainty (R, M, N). While training the logits are one dropout pass, otherwise the pass without dropout.
         """
         encoded, hidden = self._trunk(points)
-        uncertainty = self._uncertainty(hidden)
-        hidden = F.dropout(hidden, self.config.dropout, self.training)
-        weight, bias = self._head()
-        logits = weight @ hidden.transpose(1, 2) + bias[..., None]
-        return encoded, hidden, at_least_float32(logits), uncertainty
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
+            logits = self._coarse_logits(hidden)
+        uncertainty = self._uncertainty(hidden, logits)
+        if self.training:
+            hidden = F.dropout(hidden, self.config.dropout)
+            logits = self._coarse_logits(hidden)
+        return encoded, hidden, logits, uncertainty
 
     def _trunk(self, points: Tensor) -> tuple[Tensor, Tensor]:
         encoded = self.decoder.encode(points, self.features, self.frame)
@@ -277,9 +280,16 @@ class ImplicitMaskField(MaskField):
         head = self.decoder.coarse.head
         return head.weight[:, 0][self.classes], head.bias[:, 0][self.classes]
 
+    def _coarse_logits(self, hidden: Tensor) -> Tensor:
+        """Of hidden vectors (R, N, D), (R, M, N), in float32 at least."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = at_least_float32(hidden)
+            weight, bias = (values.to(hidden.dtype) for values in self._head())
+            return weight @ hidden.transpose(1, 2) + bias[..., None]
+
     @torch.no_grad()
-    def _uncertainty(self, hidden: Tensor) -> Tensor:
-        """Of hidden vectors (R, N, D) before dropout, (R, M, N), in float32 at least."""
+    def _uncertainty(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """Of hidden vectors (R, N, D) before dropout and their logits, (R, M, N), in float32 at least."""
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = at_least_float32(hidden)
             weight, bias = (values.to(hidden.dtype) for values in self._head())
@@ -288,7 +298,6 @@ class ImplicitMaskField(MaskField):
                     self.config.monte_carlo_samples, hidden.shape[-1], self.config.dropout, hidden.device, hidden.dtype
                 )
                 return monte_carlo_variance(hidden, weight, bias, masks)
-            logits = weight @ hidden.transpose(1, 2) + bias[..., None]
             return closed_form_variance(hidden, logits, weight, self.config.dropout)
 
     def _refine(self, fine: FineField, encoded: Tensor, hidden: Tensor, coarse: Tensor, selected: Tensor) -> Tensor:

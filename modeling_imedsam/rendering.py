@@ -5,6 +5,7 @@ only where a coarse lattice leaves the mask undecided.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,11 +81,12 @@ def render(
     Args:
         output_size: (height, width).
         region: (4,) or (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] to render; the whole square by default.
-        mode: "exact": every pixel. "adaptive": a lattice of 48 x 48 points first, then the pixels near a boundary; all
-            other values are interpolated. A structure that holds an ellipse of 1.5 / 48 of the grid's height and width
-            is never missed, nor, within the frame of the prompt, a disk of 1.5 / 16 of its shorter side (or of 1.5
-            pixels). Adaptive by default, but exact for a field that ranks the grid's pixels (`selection="top_k"`), and
-            for a grid with a side of 48 pixels or fewer.
+        mode: "exact": every pixel. "adaptive": a lattice of 48 x 48 points first (or, of the whole image, of
+            `config.selection_lattice` if that is more), then the pixels near a boundary; all other values are
+            interpolated. A structure that holds an ellipse of 1.5 / 48 of the grid's height and width is never missed,
+            nor, within the frame of the prompt, a disk of 1.5 / 16 of its shorter side (or of 1.5 pixels). Adaptive by
+            default, but exact for a field that ranks the grid's pixels (`selection="top_k"`), and for a grid with a
+            side of 48 pixels or fewer.
     """
     if mode is None:
         mode = "exact" if field.selects_on_the_grid else "adaptive"
@@ -97,7 +99,8 @@ def render(
         )
     height, width = _check_size(output_size)
     region, field = check_region(region, field), field.eval()
-    _keep_freed_memory()
+    if field.device.type == "cpu":
+        _keep_freed_memory()
     evaluate = _evaluate_near_boundaries if mode == "adaptive" else _evaluate_everywhere
     maps, num_points = None, 0
     prompts_at_once = max(1, min(PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
@@ -112,13 +115,14 @@ def render(
     return RenderedMasks(logits, coarse_logits, uncertainty, num_points)
 
 
+@functools.cache
 def _keep_freed_memory() -> None:
     """
-    Lets one tile's memory serve the next. glibc gives what is freed back to the system if it is more than twice the
-    largest block that was freed before, of those up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): every tile would begin
-    with pages that are to be mapped and zeroed, a fifth of the time. Nothing is touched here.
+    Lets one tile's memory serve the next, in this process from now on. glibc gives what is freed back to the system if
+    it is more than twice the largest block that was freed before, of those up to 32 MiB (mallopt(3),
+    M_MMAP_THRESHOLD): every tile would begin with pages that are to be mapped and zeroed, a fifth of the time.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def _evaluate_everywhere(field: MaskField, size: tuple[int, int], region: Tensor) -> tuple[Tensor, int]:
@@ -225,12 +229,13 @@ class _Lattice:
         known = self.known.new_zeros(self.shape)
         known[:, ::2, ::2] = self.known[:, : -(-height // 2), : -(-width // 2)]
         self.known = known
-        self.undecided = self._refine(self._cells_within(rows, i, j))
+        self.undecided = self._refine(self._cells_at(rows, 2 * i, 2 * j, (0, 1)))
 
     def _refine(self, cells: Tensor) -> Tensor:
         """
-        Evaluates the corners of some cells, then those of the cells beyond the edges that a boundary crosses, and so
-        on along the boundary. Returns the undecided cells.
+        Evaluates the corners of some cells, then of those around every point where interpolation had the wrong sign,
+        and so on: in the end the corners of every cell that a boundary crosses have been evaluated. Returns the
+        undecided cells.
         """
         examined, undecided = torch.zeros_like(self.known), []
         errors = torch.zeros_like(self.values[0])  # of interpolation, in either field's logits, (M, R, h, w)
@@ -239,16 +244,17 @@ class _Lattice:
             examined.view(-1)[cells] = True
             corners = self._corners(cells)
             points = corners[~self.known.view(-1)[corners]].unique()
+            turned = points
             if len(points):
                 self.known.view(-1)[points] = True
-                values = self._evaluate(points)
-                difference = values - self.values.flatten(2)[..., points]
-                errors.flatten(1)[:, points] = difference[:2].abs().amax(dim=0)
+                interpolated, values = self.values.flatten(2)[..., points], self._evaluate(points)
                 self.values.flatten(2)[..., points] = values
+                errors.flatten(1)[:, points] = (values - interpolated)[:2].abs().amax(dim=0)
+                turned = points[((values > 0) != (interpolated > 0))[:2].flatten(0, 1).any(dim=0)]
             rows, i, j = self._unravel(cells)
             values, error = self.values.flatten(2)[..., corners], errors.flatten(1)[:, corners].amax(dim=-1)
             undecided.append(cells[_are_undecided(values, error) | (down[rows, i] & across[rows, j])])
-            cells = self._cells_beyond(_are_crossed(values), rows, i, j)
+            cells = self._cells_at(*self._unravel(turned), (-1, 0))
             cells = cells[~examined.view(-1)[cells]]
         return torch.cat(undecided) if undecided else cells
 
@@ -282,23 +288,13 @@ class _Lattice:
         width = self.shape[2]
         return cells[:, None] + torch.tensor([0, 1, width, width + 1], device=cells.device)
 
-    def _cells_within(self, rows: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """The four cells within each of some cells of twice the side."""
-        steps = torch.tensor([0, 1], device=rows.device)
-        i, j = (2 * i[:, None] + steps)[..., None], (2 * j[:, None] + steps)[:, None]
-        return self._existing(rows[:, None, None], i, j)
-
-    def _cells_beyond(self, crossed: Tensor, rows: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """The cells above, below, left and right of some cells, beyond those edges that are `crossed`, (K, 4)."""
-        cells, edges = crossed.nonzero(as_tuple=True)
-        down, across = torch.tensor([[-1, 1, 0, 0], [0, 0, -1, 1]], device=rows.device)[:, edges]
-        return self._existing(rows[cells], i[cells] + down, j[cells] + across)
-
-    def _existing(self, rows: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """The numbers of those cells that exist, each once."""
+    def _cells_at(self, rows: Tensor, i: Tensor, j: Tensor, steps: tuple[int, ...]) -> Tensor:
+        """The cells with first corners so many steps from some points along each axis, each once."""
         _, height, width = self.shape
+        shifts = torch.tensor(steps, device=rows.device)
+        i, j = torch.broadcast_tensors((i[:, None] + shifts)[..., None], (j[:, None] + shifts)[:, None])
         exists = (i >= 0) & (i < height - 1) & (j >= 0) & (j < width - 1)
-        return ((rows * height + i) * width + j)[exists].unique()
+        return ((rows[:, None, None] * height + i) * width + j)[exists].unique()
 
     def _unravel(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row, i and j."""
@@ -323,13 +319,6 @@ def _are_undecided(corners: Tensor, error: Tensor | None = None) -> Tensor:
     crossed = ((low <= 0) & (high > 0)) | ((coarse.amin(dim=-1) <= 0) & (coarse.amax(dim=-1) > 0))
     steep = uncertainty.amax(dim=-1) - uncertainty.amin(dim=-1) > UNCERTAINTY_TOLERANCE
     return (crossed | close | steep).any(dim=0)
-
-
-def _are_crossed(corners: Tensor) -> Tensor:
-    """Whether a mask's boundary crosses the upper, lower, left and right edge of K cells, (K, 4)."""
-    inside = corners[:2].flatten(0, 1) > 0
-    starts, ends = inside[..., [0, 2, 0, 1]], inside[..., [1, 3, 2, 3]]
-    return (starts != ends).any(dim=0)
 
 
 def evaluate_points(field: MaskField, rows: Tensor, coordinates: Tensor) -> Tensor:

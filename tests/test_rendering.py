@@ -169,6 +169,37 @@ def test_a_thin_line_that_is_found_once_is_followed():
     assert adaptive.num_points < 0.1 * exact.num_points
 
 
+def test_what_hangs_on_a_thin_neck_is_found_whole():
+    """The disk at the right lies between the points of the first lattice; from the neck its rim is followed."""
+
+    def shape(x, y):
+        x, y = 448 * (x + 1), 448 * (y + 1)
+        neck = ((y - 446).abs() < 0.75) & (x > 590) & (x < 670)
+        inside = neck | ((x - 448).hypot(y - 448) < 150) | ((x - 672).hypot(y - 448) < 12)
+        return torch.where(inside, 5.0, -5.0)
+
+    field = Function(shape)
+    exact, adaptive = (render(field, (896, 896), mode=mode) for mode in RENDER_MODES)
+    assert (render(field, (48, 48)).logits > 0)[..., 34:39].sum() == 0
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+
+
+def test_what_is_larger_than_its_small_box_is_found_whole():
+    """All corners of the cell that holds the box are inside."""
+    field = Disks(12.3 / 448, torch.tensor([[56.25, 56.25]]) / 448 - 1)
+    field.frame = torch.tensor([[56.5 / 448 - 1, 56.5 / 448 - 1, 6.5 / 448, 6.5 / 448]])
+    exact, adaptive = (render(field, (896, 896), mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+
+
+def test_a_grid_that_the_cells_do_not_fit_into():
+    """The last points lie beyond it; a structure touches each of its edges."""
+    disks = Function(lambda x, y: 20 * (0.3 - (x.abs() - 1).hypot(y.abs() - 1)))
+    for size in ((331, 257), (100, 779), (513, 130)):
+        exact, adaptive = (render(disks, size, mode=mode) for mode in RENDER_MODES)
+        assert torch.equal(adaptive.logits > 0, exact.logits > 0) and (exact.logits > 0)[..., 0, 0].all()
+
+
 class Disks(KnownField):
     """A small disk per prompt, and no sign of it beside it."""
 
