@@ -109,10 +109,10 @@ def measure_size(size, pipeline, fields, examples, reference, once) -> dict:
     times = measure({name: functools.partial(measure_peak, name) for name in slow}, rounds=1, warm_up=0)
     fast = {name: function for name, function in functions.items() if name not in slow}
     times |= measure(fast, rounds=1 if once else 3)
-    for name in fast:
+    for name in fast.keys() - {"products"}:
         measure_peak(name)
     row: dict = {"size": size}
-    for name in set(functions) - {"products"}:
+    for name in sorted(peaks):
         row[name] = {**times[name], "peak_bytes": peaks[name]}
     for name in ("exact", "adaptive"):
         if "reference" in functions:

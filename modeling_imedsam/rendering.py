@@ -120,7 +120,7 @@ def _keep_freed_memory() -> None:
     """
     Lets one tile's memory serve the next, in this process from now on. glibc gives what is freed back to the system if
     it is more than twice the largest block that was freed before, of those up to 32 MiB (mallopt(3),
-    M_MMAP_THRESHOLD): every tile would begin with pages that are to be mapped and zeroed, a fifth of the time.
+    M_MMAP_THRESHOLD): every tile would begin with pages that are to be mapped and zeroed.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 

@@ -1,0 +1,270 @@
+"""Adaptive rendering: the masks of exact rendering from a few of its points."""
+
+import numpy as np
+import pytest
+import torch
+from known_fields import KnownField
+from scipy.ndimage import distance_transform_edt
+from torch.testing import assert_close
+
+import imedsam.rendering
+from imedsam.mask_field import FieldValues
+from imedsam.rendering import RENDER_MODES, render
+from imedsam.training.phantoms import LESION, draw_phantom
+
+
+class Shapes(KnownField):
+    """
+    2 images, 2 prompts, 2 classes. The logit is 20 times the signed distance to a few disks that get smaller from
+    prompt to prompt; where x > 0.35, there is a jump.
+    """
+
+    def __init__(self, radius=0.4, jump=0.0):
+        super().__init__(2, 2, torch.device("cpu"))
+        self.radius, self.jump = radius, jump
+        self.centres = torch.tensor([[[-0.3, 0.1], [0.55, 0.6]], [[0.2, -0.35], [-0.5, 0.5]]])  # class, disk
+
+    def values(self, coordinates, point_areas=None):
+        points = coordinates.expand(-1, 2, -1, -1)[:, :, None]  # (B, P, 1, N, 2)
+        shrink = torch.tensor([[1.0, 0.6], [0.8, 0.4]])[:, :, None, None]
+        radii = self.radius * torch.tensor([1.0, 0.3])
+        distances = [radii[d] * shrink - (points - self.centres[:, d, None]).norm(dim=-1) for d in range(len(radii))]
+        logits = 20 * torch.maximum(*distances)
+        merged = torch.where(points[..., 0] > 0.35, logits + self.jump, logits)
+        return FieldValues(merged, logits, 0.25 * torch.exp(-logits.abs()))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (97, 96), (192, 193), (384, 384), (120, 500)])
+@pytest.mark.parametrize("jump", [0.0, -3.0])
+@pytest.mark.parametrize("region", [None, [[-0.9, -0.5, 0.7, 1.0], [0.0, 0.0, 1.0, 1.0]]])
+def test_adaptive_masks_are_the_exact_ones(size, jump, region):
+    field = Shapes(jump=jump)
+    region = None if region is None else torch.tensor(region)
+    exact, adaptive = (render(field, size, region, mode) for mode in RENDER_MODES)
+    assert adaptive.logits.shape == exact.logits.shape == (2, 2, 2, *size)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+    assert exact.num_points == 4 * size[0] * size[1]
+    if min(size) > 96:
+        assert adaptive.num_points < 0.4 * exact.num_points
+        # What lies beside the boundary is not interpolated.
+        inside = (exact.logits > 0).flatten(0, 2).float()
+        edge = torch.nn.functional.max_pool2d(inside, 3, 1, 1) != -torch.nn.functional.max_pool2d(-inside, 3, 1, 1)
+        for name in ("logits", "coarse_logits", "uncertainty"):
+            got, expected = (getattr(masks, name).flatten(0, 2)[edge] for masks in (adaptive, exact))
+            assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_share_of_points_falls_with_the_size():
+    """The work follows the boundary's length: doubling the size about doubles the points."""
+    points = [render(Shapes(), (size, size), mode="adaptive").num_points for size in (384, 768, 1536)]
+    assert points[1] < 2.2 * points[0] and points[2] < 2.2 * points[1]
+    assert points[2] < 0.03 * 4 * 1536**2
+
+
+class Function(KnownField):
+    """Of x and y, for one prompt."""
+
+    def __init__(self, function):
+        super().__init__(1, 1, torch.device("cpu"))
+        self.function = function
+
+    def values(self, coordinates, point_areas=None):
+        logits = self.function(*coordinates.unbind(dim=-1))[:, :, None]
+        return FieldValues(logits, logits, torch.zeros_like(logits))
+
+
+def test_a_straight_boundary_costs_hardly_more_than_the_pixels_beside_it():
+    """Interpolation is right there: only the cells that the boundary crosses are split."""
+    straight = Function(lambda x, y: 10 * (x - 0.3 * y - 0.05))
+    exact, adaptive = (render(straight, (768, 768), mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+    assert adaptive.num_points - imedsam.rendering.FIRST_LATTICE**2 < 7 * 768
+
+
+def test_a_ragged_boundary_is_looked_at_more_closely(monkeypatch):
+    """Interpolation is wrong there: cells are split that no boundary crosses between their corners."""
+    ragged = Function(lambda x, y: 2 * (y - 0.1 * torch.sin(5 * x)) + 0.2 * torch.sin(60 * x) * torch.sin(54 * y))
+    exact = render(ragged, (384, 384), mode="exact").logits > 0
+    unequal = ((render(ragged, (384, 384)).logits > 0) != exact).sum()
+    are_undecided = imedsam.rendering._are_undecided
+    monkeypatch.setattr(
+        imedsam.rendering,
+        "_are_undecided",
+        lambda corners, error=None: are_undecided(corners, None if error is None else 0 * error),
+    )
+    without = ((render(ragged, (384, 384)).logits > 0) != exact).sum()
+    assert unequal < 5e-4 * 384**2 and 5 * unequal < without
+
+
+def test_a_thin_line_that_is_found_once_is_followed():
+    """Most of a diagonal line a pixel wide falls between the points of the first lattice."""
+    line = Function(lambda x, y: 4 - 1000 * (x - 0.6 * y - 0.031).abs())
+    exact, adaptive = (render(line, (384, 384), mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0) and (exact.logits > 0).any(dim=-1).all()
+    assert adaptive.num_points < 0.1 * exact.num_points
+
+
+def test_what_hangs_on_a_thin_neck_is_found_whole():
+    """The disk at the right lies between the points of the first lattice; from the neck its rim is followed."""
+
+    def shape(x, y):
+        x, y = 448 * (x + 1), 448 * (y + 1)
+        neck = ((y - 446).abs() < 0.75) & (x > 590) & (x < 670)
+        inside = neck | ((x - 448).hypot(y - 448) < 150) | ((x - 672).hypot(y - 448) < 12)
+        return torch.where(inside, 5.0, -5.0)
+
+    field = Function(shape)
+    exact, adaptive = (render(field, (896, 896), mode=mode) for mode in RENDER_MODES)
+    assert (render(field, (48, 48)).logits > 0)[..., 34:39].sum() == 0
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+
+
+def test_what_is_larger_than_its_small_box_is_found_whole():
+    """All corners of the cell that holds the box are inside."""
+    field = Disks(12.3 / 448, torch.tensor([[56.25, 56.25]]) / 448 - 1)
+    field.frame = torch.tensor([[56.5 / 448 - 1, 56.5 / 448 - 1, 6.5 / 448, 6.5 / 448]])
+    exact, adaptive = (render(field, (896, 896), mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+
+
+def test_a_grid_that_the_cells_do_not_fit_into():
+    """The last points lie beyond it; a structure touches each of its edges."""
+    disks = Function(lambda x, y: 20 * (0.3 - (x.abs() - 1).hypot(y.abs() - 1)))
+    for size in ((331, 257), (100, 779), (513, 130)):
+        exact, adaptive = (render(disks, size, mode=mode) for mode in RENDER_MODES)
+        assert torch.equal(adaptive.logits > 0, exact.logits > 0) and (exact.logits > 0)[..., 0, 0].all()
+
+
+class Disks(KnownField):
+    """A small disk per prompt, and no sign of it beside it."""
+
+    def __init__(self, radius, centre):
+        super().__init__(1, len(centre), torch.device("cpu"))
+        self.radius, self.centre = radius, centre
+
+    def values(self, coordinates, point_areas=None):
+        distance = (coordinates - self.centre[:, None]).norm(dim=-1)
+        logits = torch.where(distance < self.radius, 5.0, -5.0)[:, :, None]
+        return FieldValues(logits, logits, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 96), (384, 384), (500, 200), (896, 896)])
+def test_the_smallest_structure_that_is_always_found(size):
+    """A disk of one and a half cells of the first lattice, wherever it lies."""
+    radius = 1.5 / imedsam.rendering.FIRST_LATTICE
+    centre = (torch.rand(20, 2, generator=torch.Generator().manual_seed(size[0])) * 2 - 1) * (1 - radius)
+    exact, adaptive = (render(Disks(radius, centre), size, mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+    assert (exact.logits > 0).flatten(2).any(dim=-1).all()
+
+
+@pytest.mark.parametrize(("size", "diameter"), [(896, 10), (384, 3)])
+def test_a_small_structure_in_its_box_is_found(size, diameter):
+    """The frame is twice as large as it, and the first lattice would miss it."""
+    radius = diameter / size
+    centre = (torch.rand(6, 2, generator=torch.Generator().manual_seed(size)) * 2 - 1) * (1 - 2 * radius)
+    field = Disks(radius, centre)
+    missing = (render(field, (size, size)).logits > 0).flatten(2).sum(-1) == 0
+    assert missing.any()
+    field.frame = torch.cat([centre, torch.full_like(centre, 2 * radius)], dim=-1)
+    exact, adaptive = (render(field, (size, size), mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+    assert adaptive.num_points < 0.1 * exact.num_points
+
+
+@pytest.mark.parametrize(
+    ("size", "side"),
+    [((1000, 1000), 130), ((384, 384), 66), ((896, 896), 140), ((500, 4000), 200), ((384, 1536), 100)],
+)
+def test_the_smallest_structure_that_is_always_found_in_a_frame(size, side):
+    """A disk of one and a half sixteenths of the frame's side, wherever in it; cells of unequal sides included."""
+    scale = torch.tensor([2 / size[1], 2 / size[0]])
+
+    class Round(Disks):
+        """Disks in the pixels of the grid."""
+
+        def values(self, coordinates, point_areas=None):
+            distance = ((coordinates - self.centre[:, None]) / scale).norm(dim=-1)
+            logits = torch.where(distance < self.radius, 5.0, -5.0)[:, :, None]
+            return FieldValues(logits, logits, torch.zeros_like(logits))
+
+    radius = 0.75 * side / imedsam.rendering.FRAME_CELLS
+    generator = torch.Generator().manual_seed(side)
+    frame = torch.rand(8, 2, generator=generator) * (torch.tensor(size[::-1]) - side)
+    places = frame + radius + torch.rand(8, 2, generator=generator) * (side - 2 * radius)
+    field = Round(radius, places * scale - 1)
+    field.frame = torch.cat([(frame + side / 2) * scale - 1, (side / 2 * scale).expand(8, 2)], dim=-1)
+    exact, adaptive = (render(field, size, mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0)
+    assert (exact.logits > 0).flatten(2).any(dim=-1).all()
+    assert adaptive.num_points < 0.1 * exact.num_points
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_small_lesions_of_phantoms_are_found_whole(seed):
+    """Irregular outlines, shrunk until they just hold a disk of one and a half cells of the first lattice."""
+    phantom, side = draw_phantom(seed), 512
+    lesion = phantom.mask(side, side) == LESION
+    radius = distance_transform_edt(lesion).max() / side
+    zoom = radius / (0.75 / imedsam.rendering.FIRST_LATTICE)
+    place = np.random.default_rng(seed).uniform(0.1, 0.9, 2)
+
+    class Lesion(KnownField):
+        def values(self, coordinates, point_areas=None):
+            offsets = (coordinates.numpy() + 1) / 2 - place
+            x, y = np.moveaxis(np.argwhere(lesion).mean(axis=0)[::-1] / side + zoom * offsets, -1, 0)
+            logits = torch.from_numpy(np.where(phantom.label_at(x, y) == LESION, 5.0, -5.0))[:, :, None]
+            return FieldValues(logits, logits, torch.zeros_like(logits))
+
+    field = Lesion(1, 1, torch.device("cpu"))
+    exact, adaptive = (render(field, (384, 384), mode=mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits > 0, exact.logits > 0) and (exact.logits > 0).sum() > 9**2 / 2
+    assert adaptive.num_points < 0.1 * exact.num_points
+
+
+def test_a_pixel_has_one_value_in_both_modes(monkeypatch):
+    """Where adaptive rendering evaluates it, to the last bit."""
+    monkeypatch.setattr(imedsam.rendering, "UNCERTAINTY_TOLERANCE", -1.0)  # no cell is decided
+    region = torch.tensor([[-1.0, -1.0, 1.0, 0.4883], [-0.7, 0.1, 0.31, 0.9]])
+    exact, adaptive = (render(Shapes(), (150, 170), region, mode) for mode in RENDER_MODES)
+    assert torch.equal(adaptive.logits, exact.logits) and torch.equal(adaptive.uncertainty, exact.uncertainty)
+
+
+def test_a_doubtful_place_is_not_smoothed_over():
+    """Uncertainty without a change of sign, larger than the first lattice's cells."""
+
+    class Doubt(KnownField):
+        def values(self, coordinates, point_areas=None):
+            distance = coordinates.norm(dim=-1)[:, :, None]
+            logits = -0.5 - 5 * (10 * distance - 1).clamp(0, 1)
+            return FieldValues(logits, logits, 0.25 * torch.exp(-((12 * distance) ** 2)))
+
+    field = Doubt(1, 1, torch.device("cpu"))
+    exact, adaptive = (render(field, (896, 896), mode=mode) for mode in RENDER_MODES)
+    assert_close(adaptive.uncertainty, exact.uncertainty, atol=imedsam.rendering.UNCERTAINTY_TOLERANCE, rtol=0)
+    assert adaptive.num_points < 0.05 * exact.num_points
+
+
+@pytest.mark.parametrize("mode", RENDER_MODES)
+def test_prompts_in_chunks(monkeypatch, mode):
+    region = torch.tensor([[-0.9, -0.5, 0.7, 1.0], [0.0, 0.0, 1.0, 1.0]])
+    together = render(Shapes(), (150, 200), region, mode)
+    monkeypatch.setattr(imedsam.rendering, "PROMPTS_AT_ONCE", 3)
+    parts = render(Shapes(), (150, 200), region, mode)
+    for name, values in vars(together).items():
+        assert_close(getattr(parts, name), values)
+
+
+def test_no_more_points_are_evaluated_than_are_reported():
+    field = Disks(0.3, torch.tensor([[0.1, 0.2]]))
+    asked, values = [], field.values
+    field.values = lambda coordinates, point_areas=None: asked.append(coordinates.shape[2]) or values(coordinates)
+    masks = render(field, (300, 300))
+    assert masks.num_points == sum(asked)
+
+
+def test_rendered_maps_are_each_their_own():
+    for mode in RENDER_MODES:
+        masks = render(Shapes(), (100, 110), mode=mode)
+        for values in (masks.logits, masks.coarse_logits, masks.uncertainty):
+            assert values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes
