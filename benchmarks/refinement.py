@@ -26,7 +26,7 @@ VALUES = {
     "MARGIN": (0.0, 0.5, 2.0),
     "UNCERTAINTY_TOLERANCE": (0.02, 0.25),
     "FRAME_CELLS": (0, 8, 32),
-    "FIRST_LATTICE": (32, 64, 96),
+    "FIRST_LATTICE": (24, 48, 64),
 }
 
 

@@ -114,7 +114,7 @@ class IMedSamConfig(PreTrainedConfig):
     monte_carlo_samples: int = 8
     selection: Literal["threshold", "top_k"] | None = "threshold"
     selection_share: float | int = 0.125
-    selection_lattice: int = 48
+    selection_lattice: int = 32
     train_image_encoder: bool = False
     train_mask_decoder: bool = False
     initializer_range: float = 0.02

@@ -19,7 +19,8 @@ class ImplicitDecoder(nn.Module):
     """
     Z = (interpolated features, gamma(p), p in the prompt's frame, prompt embedding) (Eq. 5) -> coarse field ->
     uncertainty -> fine field at the points selected (Eq. 6). This module holds the networks; `ImplicitMaskField` binds
-    them to an image and its prompts.
+    them to an image and its prompts. The points of a prompt share its embedding, so its part of the first layers is
+    multiplied once (`prompt_parts`).
     """
 
     def __init__(self, config: IMedSamConfig):
@@ -40,12 +41,17 @@ class ImplicitDecoder(nn.Module):
         """
         return F.layer_norm(features.movedim(1, -1), features.shape[1:2]).movedim(-1, 1)
 
+    def prompt_parts(self, prompt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the prompts' embeddings (R, E) add to the first layers of the coarse and fine field, (R, D) each."""
+        coarse = cast(HiddenLinear, self.coarse.layers[0]).last(prompt)
+        return coarse, None if self.fine is None else cast(HiddenLinear, self.fine.layers[0]).last(prompt)
+
     def encode(self, coordinates: Tensor, features: Tensor, frame: Tensor) -> Tensor:
         """
         What is known of each point but for its prompt's embedding, which all points of a prompt share.
 
         Args:
-            coordinates: (R, N, 2).
+            coordinates: (R, N, 2), or (G, N, 2) for the same points of R / G prompts that follow each other.
             features: (R, C, H, W), one map per prompt.
             frame: (R, 4), centre (x, y) and half size (x, y) of the prompt's frame.
 
@@ -54,9 +60,10 @@ class ImplicitDecoder(nn.Module):
         """
         maps = at_least_float32(features)
         coordinates = coordinates.to(maps.dtype)
-        sampled = F.grid_sample(maps, coordinates[:, :, None], padding_mode="border", align_corners=False)
         encoded = self.coordinates(coordinates, frame).to(features.dtype)
-        return torch.cat([sampled[..., 0].transpose(1, 2).to(features.dtype), encoded], dim=-1)
+        grid = for_each_prompt(coordinates, len(maps))[:, :, None]
+        sampled = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)[..., 0].transpose(1, 2)
+        return torch.cat([sampled.to(features.dtype), encoded], dim=-1)
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -76,14 +83,19 @@ class CoordinateEncoding(nn.Module):
         self.width = 4 * octaves + (0 if frame_octaves is None else 2 + 4 * frame_octaves)
 
     def forward(self, coordinates: Tensor, frame: Tensor) -> Tensor:
-        """(R, N, 2) and (R, 4) -> (R, N, width)."""
-        encoded = [fourier_features(coordinates, self.octaves)]
+        """(R, N, 2), or (G, N, 2) for the same points of R / G prompts, and (R, 4) -> (R, N, width)."""
+        encoded = [for_each_prompt(fourier_features(coordinates, self.octaves), len(frame))]
         if self.frame_octaves is not None:
             centre, half_size = frame[:, None].split(2, dim=-1)
-            local = ((coordinates - centre) / half_size).clamp(-3.0, 3.0)
+            local = ((for_each_prompt(coordinates, len(frame)) - centre) / half_size).clamp(-3.0, 3.0)
             # The octaves run over the clamped range once: k = 0 has period 6.
             encoded += [local, fourier_features(local / 3.0, self.frame_octaves)]
         return torch.cat(encoded, dim=-1)
+
+
+def for_each_prompt(values: Tensor, prompts: int) -> Tensor:
+    """(G, N, C), each for R / G of the R prompts in turn -> (R, N, C)."""
+    return values[:, None].expand(-1, prompts // len(values), -1, -1).flatten(0, 1)
 
 
 def fourier_features(positions: Tensor, octaves: int) -> Tensor:
@@ -104,12 +116,9 @@ class CoarseField(nn.Module):
         self.head = ClassLinear(config.num_labels, widths[-1], 1 + config.coarse_features)
 
     def forward(self, points: Tensor, prompt: Tensor) -> Tensor:
-        """(R, N, C) and the prompts' embeddings (R, E) -> hidden vectors (R, N, D)."""
-        # The points of a prompt share its embedding: its part of the first layer is multiplied once.
-        first = cast(HiddenLinear, self.layers[0])
-        own, shared = first.weight.split([points.shape[-1], prompt.shape[-1]], dim=-1)
-        shared = F.linear(prompt, shared, first.bias)[:, None]
-        hidden = F.linear(points, own).add_(shared)
+        """Points (R, N, C) and the prompts' part of the first layer (R, D) -> hidden vectors (R, N, D)."""
+        own = cast(HiddenLinear, self.layers[0]).weight[:, : points.shape[-1]]
+        hidden = F.linear(points, own).add_(prompt[:, None])
         hidden = F.relu(self.norms[0](hidden), inplace=True)
         for layer, norm in zip(self.layers[1:], self.norms[1:], strict=True):
             hidden = F.relu(norm(layer(hidden)), inplace=True)
@@ -133,7 +142,7 @@ class FineField(nn.Module):
         Args:
             points: (K, C), the encoded points to refine.
             coarse_features: (K, F).
-            prompt: (R, E), the prompts' embeddings.
+            prompt: (R, D), the prompts' part of the first layer.
             rows: (K,), the prompt of each point.
             classes: (K,), the class of each point.
 
@@ -141,9 +150,8 @@ class FineField(nn.Module):
             Logits, (K,).
         """
         inputs = torch.cat([points, coarse_features], dim=-1)
-        first = cast(HiddenLinear, self.layers[0])
-        own, shared = first.weight.split([inputs.shape[-1], prompt.shape[-1]], dim=-1)
-        hidden = F.relu(F.linear(inputs, own, first.bias) + F.linear(prompt, shared)[rows], inplace=True)
+        own = cast(HiddenLinear, self.layers[0]).weight[:, : inputs.shape[-1]]
+        hidden = F.relu(F.linear(inputs, own).add_(prompt[rows]), inplace=True)
         for layer in self.layers[1:]:
             hidden = F.relu(layer(hidden), inplace=True)
         return self.head_out(F.relu(self.head_hidden(hidden, classes)), classes)[:, 0]
@@ -151,6 +159,10 @@ class FineField(nn.Module):
 
 class HiddenLinear(nn.Linear):
     """A linear layer before a ReLU, initialised for one (He et al., 2015)."""
+
+    def last(self, inputs: Tensor) -> Tensor:
+        """What the last ones of the inputs, and the bias, add to the outputs: (..., at most all) -> (..., outputs)."""
+        return F.linear(inputs, self.weight[:, -inputs.shape[-1] :], self.bias)
 
 
 class ClassLinear(nn.Module):

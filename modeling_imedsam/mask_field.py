@@ -21,6 +21,9 @@ from imedsam.uncertainty import (
     selection_threshold,
 )
 
+# Prompts of an image whose thresholds are taken at once.
+LATTICES_AT_ONCE = 4
+
 
 @dataclass
 class FieldValues:
@@ -68,8 +71,8 @@ class MaskField(ABC):
     def values(self, coordinates: Tensor, point_areas: Tensor | None = None) -> FieldValues:
         """
         Args:
-            coordinates: (B, P, N, 2) or, for the same points of every prompt, (B, 1, N, 2); (x, y) in [-1, 1] over the
-                model's square.
+            coordinates: (B, P, N, 2) or, for the same points of every prompt, (B, 1, N, 2) or (1, 1, N, 2); (x, y) in
+                [-1, 1] over the model's square.
             point_areas: (B, P, N), only while training: areas that the points stand for, equal by default.
         """
 
@@ -125,8 +128,9 @@ class MaskField(ABC):
 
 class ImplicitMaskField(MaskField):
     """
-    The coarse and fine fields of the implicit decoder. At its first use a field takes its threshold, and with it the
-    values where adaptive rendering begins: after a change of the weights or of the precision, get a new field.
+    The coarse and fine fields of the implicit decoder. The prompts' part of the first layers is multiplied when a
+    field is made; its threshold, and with it the values where adaptive rendering begins, is taken when it is first
+    used. After a change of the weights or of the precision, get a new field.
 
     Args:
         decoder: the networks.
@@ -154,6 +158,7 @@ class ImplicitMaskField(MaskField):
         self.lattice_region = lattice_region
         self.decoder, self.config = decoder, config
         self.features, self.prompt, self.frame, self.classes = features, prompt, frame, classes
+        self.coarse_part, self.fine_part = decoder.prompt_parts(prompt)
         self.selects_on_the_grid = config.selection == "top_k" and decoder.fine is not None
         self._threshold: Tensor | None = None
         self._lattice: Tensor | None = None
@@ -179,18 +184,21 @@ class ImplicitMaskField(MaskField):
         if (fine := self.decoder.fine) is None:
             raise ValueError("Expected a field with a selection for a threshold, got selection=None.")
         side, thresholds, values = self.config.selection_lattice, [], []
-        # Prompts are taken one by one: hidden vectors of a whole lattice are kept for one of them.
-        for row in torch.arange(len(self.frame), device=self.device).split(1):
-            one = self._rows(row)
-            one.evaluating = True
-            tiles = [one._coarse(tile) for tile in split_in_tiles(pixel_centres((side, side), one.lattice_region))]
-            encoded, hidden, coarse, uncertainty = (
-                torch.cat(parts, dim=dim) for parts, dim in zip(zip(*tiles, strict=True), (1, 1, -1, -1), strict=True)
-            )
-            threshold = selection_threshold(uncertainty, self.config.selection_share)
-            logits = one._refine(fine, encoded, hidden, coarse, uncertainty > threshold[..., None])
-            thresholds.append(threshold)
-            values.append(torch.stack([logits, coarse, uncertainty]))
+        lattices = pixel_centres((side, side), self.lattice_region)
+        # The prompts of an image share its lattice. Hidden vectors of all of it are kept for some of them at a time.
+        for image, prompts in enumerate(torch.arange(len(self.frame), device=self.device).split(self.num_prompts)):
+            for rows in prompts.split(LATTICES_AT_ONCE):
+                part = self._rows(rows)
+                part.evaluating = True
+                tiles = [part._coarse(tile) for tile in split_in_tiles(lattices[image, None], len(rows))]
+                encoded, hidden, coarse, uncertainty = (
+                    torch.cat(parts, dim=dim)
+                    for parts, dim in zip(zip(*tiles, strict=True), (1, 1, -1, -1), strict=True)
+                )
+                threshold = selection_threshold(uncertainty, self.config.selection_share)
+                logits = part._refine(fine, encoded, hidden, coarse, uncertainty > threshold[..., None])
+                thresholds.append(threshold)
+                values.append(torch.stack([logits, coarse, uncertainty]))
         return torch.cat(thresholds), torch.cat(values, dim=1).unflatten(-1, (side, side))
 
     def known_lattice(self, region: Tensor) -> Tensor | None:
@@ -218,16 +226,13 @@ class ImplicitMaskField(MaskField):
         return field
 
     def _rows(self, rows: Tensor) -> "ImplicitMaskField":
-        field = ImplicitMaskField(
-            self.decoder,
-            self.config,
-            self.features[rows],
-            self.prompt[rows],
-            self.frame[rows],
-            self.classes[rows],
-            self.lattice_region[rows // self.num_prompts],
-        )
-        field.evaluating = self.evaluating
+        field = copy(self)
+        field.batch_size, field.num_prompts = len(rows), 1
+        for name in ("features", "prompt", "coarse_part", "fine_part", "frame", "classes"):
+            values = getattr(self, name)
+            setattr(field, name, None if values is None else values[rows])
+        field.lattice_region = self.lattice_region[rows // self.num_prompts]
+        field._threshold = field._lattice = None
         return field
 
     def selecting_from(self, uncertainty: Tensor) -> "ImplicitMaskField":
@@ -237,8 +242,7 @@ class ImplicitMaskField(MaskField):
         return field
 
     def values(self, coordinates: Tensor, point_areas: Tensor | None = None) -> FieldValues:
-        points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
-        encoded, hidden, coarse, uncertainty = self._coarse(points)
+        encoded, hidden, coarse, uncertainty = self._coarse(coordinates.flatten(0, 1))
         logits = coarse
         if (fine := self.decoder.fine) is not None:
             if self.training:
@@ -247,20 +251,20 @@ class ImplicitMaskField(MaskField):
             else:
                 threshold = self.threshold
             logits = self._refine(fine, encoded, hidden, coarse, uncertainty > threshold[..., None])
-        values = FieldValues(logits, coarse, uncertainty)
-        return FieldValues(*(v.unflatten(0, (self.batch_size, self.num_prompts)) for v in vars(values).values()))
+        shape = (self.batch_size, self.num_prompts)
+        return FieldValues(*(values.unflatten(0, shape) for values in (logits, coarse, uncertainty)))
 
     def uncertainty(self, coordinates: Tensor) -> Tensor:
-        points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
-        with without_gradients(points.device):
-            _, hidden = self._trunk(points)
+        with without_gradients(self.device):
+            _, hidden = self._trunk(coordinates.flatten(0, 1))
             uncertainty = self._uncertainty(hidden, self._coarse_logits(hidden))
         return uncertainty.unflatten(0, (self.batch_size, self.num_prompts))
 
     def _coarse(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
-        The coarse field at (R, N, 2): encoded points (R, N, C), hidden vectors after dropout (R, N, D), logits and
-        uncertainty (R, M, N). While training the logits are one dropout pass, otherwise the pass without dropout.
+        The coarse field at (R, N, 2), or (G, N, 2) for R / G prompts each: encoded points (R, N, C), hidden vectors
+        after dropout (R, N, D), logits and uncertainty (R, M, N). While training the logits are one dropout pass,
+        otherwise the pass without dropout.
         """
         encoded, hidden = self._trunk(points)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
@@ -273,7 +277,7 @@ class ImplicitMaskField(MaskField):
 
     def _trunk(self, points: Tensor) -> tuple[Tensor, Tensor]:
         encoded = self.decoder.encode(points, self.features, self.frame)
-        return encoded, self.decoder.coarse(encoded, self.prompt)
+        return encoded, self.decoder.coarse(encoded, self.coarse_part)
 
     def _head(self) -> tuple[Tensor, Tensor]:
         """Weights (R, M, D) and biases (R, M) of the coarse logits."""
@@ -305,7 +309,7 @@ class ImplicitMaskField(MaskField):
         rows, masks, points = selected.nonzero(as_tuple=True)
         classes = self.classes[rows, masks]
         coarse_features = self.decoder.coarse.head(hidden[rows, points], classes, slice(1, None))
-        refined = fine(encoded[rows, points], coarse_features, self.prompt, rows, classes)
+        refined = fine(encoded[rows, points], coarse_features, self.fine_part, rows, classes)
         return coarse.index_put((rows, masks, points), refined.to(coarse.dtype))
 
 
@@ -326,7 +330,7 @@ class InterpolatedMaskField(MaskField):
         return InterpolatedMaskField(self.logits.flatten(0, 1)[rows, None])
 
     def values(self, coordinates: Tensor, point_areas: Tensor | None = None) -> FieldValues:
-        points = coordinates.expand(-1, self.num_prompts, -1, -1).flatten(0, 1)
+        points = coordinates.expand(self.batch_size, self.num_prompts, -1, -1).flatten(0, 1)
         grid = at_least_float32(self.logits.flatten(0, 1))
         sampled = F.grid_sample(grid, points[:, :, None].to(grid.dtype), padding_mode="border", align_corners=False)
         logits = sampled[..., 0].unflatten(0, (self.batch_size, self.num_prompts))

@@ -31,12 +31,14 @@ ACCELERATOR_TILE_POINTS = 65536
 PROMPTS_AT_ONCE = 32
 PIXELS_AT_ONCE = 2**22
 # Adaptive rendering begins with so many points along each side.
-FIRST_LATTICE = 48
+FIRST_LATTICE = 32
 # A cell of it is decided if its corners have one sign and the smallest logit is larger than so many times their range;
 # a finer cell if that logit is larger than the error that interpolation had at its corners.
 MARGIN = 1.0
 # ... and if the variance of the probability, at most 0.25, differs by less than this between them.
 UNCERTAINTY_TOLERANCE = 0.05
+# How far around a pixel that interpolation had on the wrong side others are evaluated at once, in pixels.
+LONGEST_REACH = 8
 # The cells in a prompt's frame are split until so many lie along its shorter side.
 FRAME_CELLS = 16
 
@@ -81,12 +83,12 @@ def render(
     Args:
         output_size: (height, width).
         region: (4,) or (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] to render; the whole square by default.
-        mode: "exact": every pixel. "adaptive": a lattice of 48 x 48 points first (or, of the whole image, of
+        mode: "exact": every pixel. "adaptive": a lattice of 32 x 32 points first (or, of the whole image, of
             `config.selection_lattice` if that is more), then the pixels near a boundary; all other values are
-            interpolated. A structure that holds an ellipse of 1.5 / 48 of the grid's height and width is never missed,
+            interpolated. A structure that holds an ellipse of 1.5 / 32 of the grid's height and width is never missed,
             nor, within the frame of the prompt, a disk of 1.5 / 16 of its shorter side (or of 1.5 pixels). Adaptive by
             default, but exact for a field that ranks the grid's pixels (`selection="top_k"`), and for a grid with a
-            side of 48 pixels or fewer.
+            side of 32 pixels or fewer.
     """
     if mode is None:
         mode = "exact" if field.selects_on_the_grid else "adaptive"
@@ -128,6 +130,8 @@ def _keep_freed_memory() -> None:
 def _evaluate_everywhere(field: MaskField, size: tuple[int, int], region: Tensor) -> tuple[Tensor, int]:
     """Logits, coarse logits and uncertainty of R prompts, (3, R, M, H, W), and the number of points evaluated."""
     tiles = torch.arange(math.prod(size), device=field.device).split(_tile_length(field.device, field.batch_size))
+    if bool((region == region[:1]).all()):
+        region = region[:1]  # so that the prompts share what depends on the position alone
     if field.selects_on_the_grid:
         uncertainty = [field.uncertainty(_centres(tile, size, region)[:, None]) for tile in tiles]
         field = field.selecting_from(torch.cat(uncertainty, dim=-1))
@@ -233,30 +237,31 @@ class _Lattice:
 
     def _refine(self, cells: Tensor) -> Tensor:
         """
-        Evaluates the corners of some cells, then of those around every point where interpolation had the wrong sign,
-        and so on: in the end the corners of every cell that a boundary crosses have been evaluated. Returns the
-        undecided cells.
+        Evaluates the corners of some cells. Returns the cells to split: the undecided ones, and those around every
+        point where interpolation had the wrong sign. Cells of one pixel cannot be split: there the corners of those
+        around are evaluated in turn, and so on along the boundary, in strides that grow from round to round. In the
+        end the corners of every cell that a boundary crosses have been evaluated.
         """
-        examined, undecided = torch.zeros_like(self.known), []
-        errors = torch.zeros_like(self.values[0])  # of interpolation, in either field's logits, (M, R, h, w)
-        down, across = self._meet_small_frames(self.stride)
+        reach = 1
         while len(cells):
-            examined.view(-1)[cells] = True
             corners = self._corners(cells)
-            points = corners[~self.known.view(-1)[corners]].unique()
-            turned = points
-            if len(points):
-                self.known.view(-1)[points] = True
-                interpolated, values = self.values.flatten(2)[..., points], self._evaluate(points)
-                self.values.flatten(2)[..., points] = values
-                errors.flatten(1)[:, points] = (values - interpolated)[:2].abs().amax(dim=0)
-                turned = points[((values > 0) != (interpolated > 0))[:2].flatten(0, 1).any(dim=0)]
-            rows, i, j = self._unravel(cells)
-            values, error = self.values.flatten(2)[..., corners], errors.flatten(1)[:, corners].amax(dim=-1)
-            undecided.append(cells[_are_undecided(values, error) | (down[rows, i] & across[rows, j])])
-            cells = self._cells_at(*self._unravel(turned), (-1, 0))
-            cells = cells[~examined.view(-1)[cells]]
-        return torch.cat(undecided) if undecided else cells
+            unknown = ~self.known.view(-1)[corners]
+            points, index = corners[unknown].unique(return_inverse=True)
+            interpolated, values = self.values.flatten(2)[..., points], self._evaluate(points)
+            self.values.flatten(2)[..., points], self.known.view(-1)[points] = values, True
+            turned = points[((values > 0) != (interpolated > 0))[:2].flatten(0, 1).any(dim=0)]
+            around = self._cells_at(*self._unravel(turned), range(-reach, reach))
+            if self.stride > 1:
+                errors = values.new_zeros(values.shape[1], *corners.shape)  # of either field's logits, (M, K, 4)
+                errors[:, unknown] = (values - interpolated)[:2].abs().amax(dim=0)[:, index]
+                undecided = _are_undecided(self.values.flatten(2)[..., corners], errors.amax(dim=-1))
+                rows, i, j = self._unravel(cells)
+                down, across = self._meet_small_frames(self.stride)
+                undecided |= down[rows, i] & across[rows, j]
+                return torch.cat([cells[undecided], around[~torch.isin(around, cells)]])
+            cells = around[~self.known.view(-1)[self._corners(around)].all(dim=-1)]
+            reach = min(2 * reach, LONGEST_REACH)
+        return cells
 
     def _meet_small_frames(self, spacing: float) -> tuple[Tensor, Tensor]:
         """
@@ -288,7 +293,7 @@ class _Lattice:
         width = self.shape[2]
         return cells[:, None] + torch.tensor([0, 1, width, width + 1], device=cells.device)
 
-    def _cells_at(self, rows: Tensor, i: Tensor, j: Tensor, steps: tuple[int, ...]) -> Tensor:
+    def _cells_at(self, rows: Tensor, i: Tensor, j: Tensor, steps: Sequence[int]) -> Tensor:
         """The cells with first corners so many steps from some points along each axis, each once."""
         _, height, width = self.shape
         shifts = torch.tensor(steps, device=rows.device)

@@ -1,4 +1,4 @@
-"""On CUDA: the CPU's masks, outlines, losses and gradients."""
+"""On CUDA: the CPU's embeddings, masks, outlines, losses and gradients; compiled, and in half precision."""
 
 import numpy as np
 import pytest
@@ -11,15 +11,54 @@ from imedsam.rendering import RENDER_MODES
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator that speaks CUDA")
 
 
-@pytest.fixture
-def pair(from_sam, monkeypatch):
-    """The same model on the CPU and on CUDA, both in full precision."""
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def pair(from_sam):
+    """The same model on the CPU and on CUDA."""
     return from_sam().eval(), from_sam().eval().to("cuda")
 
 
 def to_cuda(inputs):
     return {name: value.to("cuda") for name, value in inputs.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=["float32", "bf16"]
+)
+def test_embeddings(from_sam, inputs, attention, dtype, tolerance):
+    """Of the encoder with its adapters, and with LoRA merged."""
+    pixels = inputs["pixel_values"]
+    expected = from_sam().eval().get_image_embeddings(pixels)
+    model = from_sam(attn_implementation=attention).eval().to("cuda")
+    for _ in ("not merged", "merged"):
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+            assert_close(model.get_image_embeddings(pixels.to("cuda")).float().cpu(), expected, atol=tolerance, rtol=0)
+        model.merge_and_unload()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+def test_compiled_as_one_graph_each(pair, inputs):
+    """The encoder and the field, by inductor."""
+    torch.compiler.reset()
+    model, given = pair[1], to_cuda(inputs)
+    encode = torch.compile(model.get_image_embeddings, fullgraph=True)
+    evaluate = torch.compile(lambda field, points: field(points), fullgraph=True)
+    embeddings = encode(given["pixel_values"])
+    assert_close(embeddings, model.get_image_embeddings(given["pixel_values"]), atol=1e-4, rtol=1e-4)
+    field = model.get_mask_field(embeddings, given["input_boxes"])
+    points = 2 * torch.rand(2, 2, 500, 2, device="cuda") - 1
+    logits, uncertainty = field(points)
+    compiled_logits, compiled_uncertainty = evaluate(field, points)
+    # A point whose uncertainty is the threshold, up to rounding, may go to the other field.
+    assert ((compiled_logits - logits).abs() < 1e-3).float().mean() > 0.99
+    assert_close(compiled_uncertainty, uncertainty, atol=1e-4, rtol=1e-3)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import imedsam.contours
+import imedsam.implicit_decoder
 import imedsam.mask_field
 import imedsam.rendering
 from imedsam.implicit_decoder import ClassLinear, CoordinateEncoding, HiddenLinear, ImplicitDecoder, fourier_features
@@ -38,6 +39,12 @@ def make_field(tiny_config, randomised):
         return ImplicitMaskField(decoder, config, features, prompt, frame, classes, torch.tensor(SQUARE))
 
     return make
+
+
+def with_tensors(field, **tensors):
+    """The field of other features, prompts, ..."""
+    names = ("features", "prompt", "frame", "classes", "lattice_region")
+    return ImplicitMaskField(field.decoder, field.config, **{name: getattr(field, name) for name in names} | tensors)
 
 
 def random_points(count, prompts=3, seed=2):
@@ -297,9 +304,9 @@ def test_each_prompt_has_its_own_field(make_field):
     field, points = make_field(selection=None), random_points(20, prompts=1)
     before = field(points)[0].flatten(0, 1)
     for name in ("features", "prompt", "frame"):
-        changed = make_field(selection=None)
-        getattr(changed, name)[4] += 0.3
-        after = changed(points)[0].flatten(0, 1)
+        tensor = getattr(field, name).clone()
+        tensor[4] += 0.3
+        after = with_tensors(field, **{name: tensor})(points)[0].flatten(0, 1)
         assert (after[4] - before[4]).abs().max() > 1e-2
         others = [0, 1, 2, 3, 5]
         assert_close(after[others], before[others], rtol=0, atol=0)
@@ -408,11 +415,30 @@ def test_the_threshold_is_taken_once(make_field, monkeypatch):
     )
     for _ in range(2):
         field.render((20, 20)), field.values(random_points(10)), field.render((5, 5), mode="exact")
-    assert len(taken) == 6  # one per prompt
+    assert len(taken) == 2  # one for all prompts of each image
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("side", "saved"), [(48, 6 * 48**2), (32, 0), (100, 0)])
+def test_prompts_share_the_coordinate_part(make_field, monkeypatch):
+    """gamma(p) of the same points is taken once for an image's prompts, in the lattice and in exact rendering."""
+    field, points = make_field(), random_points(30, prompts=1)
+    encoded = []
+    monkeypatch.setattr(
+        imedsam.implicit_decoder,
+        "fourier_features",
+        lambda positions, octaves: encoded.append(positions.shape[:2]) or fourier_features(positions, octaves),
+    )
+    apart = field.values(points.expand(-1, 3, -1, -1))
+    for shared in (field.values(points), field.at(torch.arange(3)).values(points[:1])):
+        assert_close(shared.logits.flatten(0, 1), apart.logits.flatten(0, 1)[: len(shared.logits.flatten(0, 1))])
+    assert encoded[-4:] == [(2, 30), (6, 30), (1, 30), (3, 30)]  # of the image's frame, of the prompts' frames
+    encoded.clear()
+    make_field().render((20, 20), mode="exact")
+    assert {shape[0] for shape in encoded[::2]} == {1} and {shape[0] for shape in encoded[1::2]} == {3, 6}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("side", "saved"), [(32, 6 * 32**2), (24, 0), (100, 0)])
 def test_adaptive_rendering_begins_with_the_lattice_of_the_threshold(make_field, monkeypatch, side, saved):
     """It is evaluated anyway. One that is too coarse, or finer than the output, is of no use."""
     field = make_field(num_labels=2, selection_lattice=side)
@@ -473,8 +499,7 @@ def test_the_field_of_some_prompts(make_field):
 
 def test_gradients_reach_everything(make_field):
     field, points = make_field(train=True, num_labels=2), random_points(200)
-    field.features.requires_grad_()
-    field.prompt.requires_grad_()
+    field = with_tensors(field, features=field.features.requires_grad_(), prompt=field.prompt.requires_grad_())
     values = field.values(points)
     values.logits.sin().sum().backward()
     for name, parameter in field.decoder.named_parameters():
@@ -493,7 +518,7 @@ def test_gradients_against_finite_differences(make_field):
         tensor.requires_grad_()
 
     def loss():
-        values = field.values(points)
+        values = with_tensors(field).values(points)
         return sum(
             segmentation_loss(of, labels.round(), weights).sum() for of in (values.logits, values.coarse_logits)
         )
