@@ -1,13 +1,16 @@
 """Metrics on masks small enough to count by hand, and against independent implementations."""
 
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import surface_distance
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.metrics import compute_confusion_matrix_metric, compute_dice, compute_iou, get_confusion_matrix
 from PIL import Image
 from scipy import ndimage
 
@@ -20,7 +23,9 @@ from imedsam.training.metrics import (
     inscribed_ellipse,
     iou,
     otsu_in_box,
+    overlap_metrics,
     segmentation_metrics,
+    surface_metrics,
 )
 
 
@@ -63,6 +68,30 @@ def test_hand_counted_distances():
     assert hausdorff_distance(SQUARE, SQUARE) == 0
 
 
+def test_hand_counted_metrics():
+    metrics = segmentation_metrics(SQUARE, SHIFTED)
+    assert (metrics["precision"], metrics["recall"]) == (2 / 4, 2 / 6)
+    assert metrics["volume_difference"] == pytest.approx(2 / 6)
+    # From SQUARE 1, 1, 0, 0; from SHIFTED 0, 0, 1, 1, 2, 2, over ten boundary pixels.
+    assert metrics["asd"] == pytest.approx(8 / 10)
+    assert (metrics["hd"], metrics["hd95"]) == (2, 2)
+    assert segmentation_metrics(SQUARE, SHIFTED, spacing=(1.0, 0.5))["asd"] == pytest.approx(4 / 10)
+    assert segmentation_metrics(SHIFTED, SQUARE)["volume_difference"] == pytest.approx(2 / 4)
+
+
+def test_hand_counted_surface_dice():
+    """A boundary's elements lie at the corners that four pixels share, one of them at least on either side."""
+    one, other = rectangle((9, 12), (2, 6), (2, 6)), rectangle((9, 12), (2, 6), (4, 8))
+    # Either square has 12 elements of length 1 along its sides, and 4 of 1 / sqrt(2) at its corners. On both
+    # boundaries lie, above and below, three places: a corner of the one, one between, and a corner of the other.
+    whole, shared = 12 + 4 / np.sqrt(2), 2 * (1 + 1 + 1 / np.sqrt(2))
+    nsd = [surface_metrics(one, other, tolerance=tolerance)["nsd"] for tolerance in (0, 1, 2)]
+    assert nsd[0] == pytest.approx(shared / whole, rel=1e-5)
+    assert nsd[0] < nsd[1] < nsd[2] == 1
+    assert surface_metrics(one, one, tolerance=0)["nsd"] == 1
+    assert surface_metrics(one, other, spacing=(1.0, 0.25), tolerance=0.5)["nsd"] == 1
+
+
 def test_spacing_is_in_array_order():
     one, other = rectangle((9, 9), (1, 2), (1, 2)), rectangle((9, 9), (4, 5), (5, 6))  # 3 rows and 4 columns apart
     assert hausdorff_distance(one, other) == 5
@@ -96,6 +125,44 @@ def test_metrics_agree_with_surface_distance(seed, spacing):
     assert metrics["hd"] == pytest.approx(surface_distance.compute_robust_hausdorff(surfaces, 100), abs=pixel)
     assert metrics["hd95"] == pytest.approx(surface_distance.compute_robust_hausdorff(surfaces, 95), abs=pixel)
     assert metrics["hd95"] < metrics["hd"]
+    average = np.mean(surface_distance.compute_average_surface_distance(surfaces))
+    assert metrics["asd"] == pytest.approx(average, abs=pixel / 2)
+
+
+@pytest.mark.filterwarnings("ignore:Please import .* from the .scipy.ndimage:DeprecationWarning")
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.7, 1.3)])
+@pytest.mark.parametrize("seed", range(4))
+def test_surface_dice_is_that_of_surface_distance(seed, spacing):
+    one, other = random_blobs(seed), random_blobs(seed + 100)
+    assert one[[0, -1]].any() and one[:, [0, -1]].any()  # boundaries along the image's
+    surfaces = surface_distance.compute_surface_distances(other, one, spacing)
+    values = []
+    for tolerance in (0.0, 0.5, 1.0, 2.0, 5.0):
+        values.append(surface_metrics(one, other, spacing, tolerance)["nsd"])
+        expected = surface_distance.compute_surface_dice_at_tolerance(surfaces, tolerance)
+        assert values[-1] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert values == sorted(values) and values[0] < values[-1] < 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_average_distance_agrees_with_distance_transforms(seed):
+    one, other, spacing = random_blobs(seed), random_blobs(seed + 100), (0.7, 1.3)
+    distances = [distances_between_boundaries(*pair, spacing) for pair in ((one, other), (other, one))]
+    expected = np.concatenate(distances).mean()
+    assert surface_metrics(one, other, spacing)["asd"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_overlap_agrees_with_monai(seed):
+    one, other = random_blobs(seed), random_blobs(seed + 100) | random_blobs(seed + 200)
+    metrics = overlap_metrics(one, other)
+    predicted, true = (torch.from_numpy(mask)[None, None].float() for mask in (one, other))
+    matrix = get_confusion_matrix(predicted, true)
+    for key in ("precision", "recall"):
+        assert metrics[key] == pytest.approx(compute_confusion_matrix_metric(key, matrix).item())
+    assert metrics["dice"] == pytest.approx(compute_dice(predicted, true).item())
+    assert metrics["iou"] == pytest.approx(compute_iou(predicted, true).item())
+    assert len({round(value, 6) for value in metrics.values()}) == 5
 
 
 @settings(max_examples=25, deadline=None)
@@ -103,20 +170,26 @@ def test_metrics_agree_with_surface_distance(seed, spacing):
 def test_metrics_are_symmetric_and_consistent(seed, other_seed):
     one, other = random_blobs(seed, (12, 17)), random_blobs(other_seed, (12, 17))
     metrics = segmentation_metrics(one, other)
-    assert metrics == pytest.approx(segmentation_metrics(other, one))
+    other_way = segmentation_metrics(other, one)
+    assert (metrics.pop("precision"), metrics.pop("recall")) == (other_way.pop("recall"), other_way.pop("precision"))
+    assert metrics.pop("volume_difference") == other_way.pop("volume_difference") == 0  # both have 30 % of the pixels
+    assert metrics == pytest.approx(other_way)
     assert metrics["dice"] == pytest.approx(2 * metrics["iou"] / (1 + metrics["iou"]))
-    assert 0 <= metrics["hd95"] <= metrics["hd"] < np.hypot(12, 17)
+    assert 0 <= metrics["asd"] <= metrics["hd95"] <= metrics["hd"] < np.hypot(12, 17)
+    assert 0 <= metrics["nsd"] <= 1
 
 
 @pytest.mark.parametrize("spacing, diagonal", [((1.0, 1.0), 10.0), ((2.0, 0.625), 13.0)])
 def test_empty_masks(spacing, diagonal):
-    worst = {"dice": 0.0, "iou": 0.0, "hd": diagonal, "hd95": diagonal}
-    assert segmentation_metrics(EMPTY, EMPTY, spacing) == {"dice": 1.0, "iou": 1.0, "hd": 0.0, "hd95": 0.0}
+    shares, distances = ("dice", "iou", "precision", "recall", "nsd"), ("hd", "hd95", "asd")
+    best = {**dict.fromkeys(shares, 1.0), **dict.fromkeys(distances, 0.0), "volume_difference": 0.0}
+    worst = {**dict.fromkeys(shares, 0.0), **dict.fromkeys(distances, diagonal), "volume_difference": 1.0}
+    assert segmentation_metrics(EMPTY, EMPTY, spacing) == best
     assert segmentation_metrics(EMPTY, SQUARE, spacing) == worst
     assert segmentation_metrics(SQUARE, EMPTY, spacing) == worst
 
 
-@pytest.mark.parametrize("metric", [dice, iou, hausdorff_distance])
+@pytest.mark.parametrize("metric", [dice, iou, hausdorff_distance, overlap_metrics, surface_metrics])
 def test_wrong_masks_are_refused(metric):
     with pytest.raises(ValueError, match=r"one shape \(H, W\), got \(6, 8\) and \(6, 7\)"):
         metric(SQUARE, SQUARE[:, :-1])
@@ -130,6 +203,8 @@ def test_wrong_masks_are_refused(metric):
 def test_wrong_spacing_is_refused(spacing):
     with pytest.raises(ValueError, match="two positive numbers"):
         hausdorff_distance(SQUARE, EMPTY, spacing=spacing)
+    with pytest.raises(ValueError, match="`tolerance` must be a distance from 0 on, got -1"):
+        surface_metrics(SQUARE, SHIFTED, tolerance=-1)
 
 
 def test_filled_box_takes_pixels_whose_centre_is_inside():
@@ -202,8 +277,19 @@ def test_metric_table():
     assert table.rows[1] == {"name": "b", "dice": 1.0, "hd": 0.0}
     assert table.mean() == {"dice": 0.75, "hd": 1.5}
     assert table.std() == {"dice": 0.25, "hd": 1.5}
+    assert table.count() == {"dice": 2, "hd": 2}
     with pytest.raises(ValueError, match=r"'c' has the metrics \['dice'\], the rows so far \['dice', 'hd'\]"):
         table.add("c", {"dice": 1.0})
+
+
+def test_a_metric_without_a_value_is_left_out_of_means():
+    table = MetricTable()
+    for name, auroc in (("a", math.nan), ("b", 0.5), ("c", 0.75)):
+        table.add(name, {"auroc": auroc, "never": math.nan})
+    assert table.mean()["auroc"] == 0.625 and table.std()["auroc"] == 0.125
+    assert math.isnan(table.mean()["never"]) and math.isnan(table.std()["never"])
+    assert table.count() == {"auroc": 2, "never": 0}
+    np.testing.assert_array_equal(table.column("auroc"), [math.nan, 0.5, 0.75])
 
 
 def test_floors_on_kvasir_sessile():

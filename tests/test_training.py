@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import shutil
@@ -26,8 +27,17 @@ from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.training import checkpoints, train
 from imedsam.training.arguments import parse_args, parse_config
 from imedsam.training.averaging import WeightAverage
-from imedsam.training.evaluation import class_means, evaluate_masks, floor_metrics, sample_mask
+from imedsam.training.calibration import CALIBRATION_METRICS
+from imedsam.training.evaluation import (
+    class_means,
+    evaluate_masks,
+    floor_metrics,
+    get_objects,
+    predict_objects,
+    sample_mask,
+)
 from imedsam.training.examples import load_examples
+from imedsam.training.metrics import OVERLAP_METRICS, SURFACE_METRICS
 
 SMALL = ["coarse_widths=[32,32]", "fine_widths=[32,32]", "coarse_features=16", "fine_head_width=16"]
 SMALL += ["selection_lattice=8"]
@@ -121,6 +131,7 @@ def test_the_final_folder_is_the_best_model(trained):
     assert model.config.id2label == examples.id2label == {0: "lesion", 1: "organ"}
     table = evaluate_masks(model, processor, examples, progress=False)
     assert table.mean() == pytest.approx(report["validation"])
+    assert table.mean()["uncertainty_auroc"] > 0.5
     for name, means in class_means(table, examples).items():
         assert means == pytest.approx(report["validation_classes"][name])
 
@@ -133,7 +144,9 @@ def test_the_report(trained):
     assert report["versions"]["torch"] == torch.__version__
     assert set(report["floors"]) == set(report["test_floors"]) == {"filled box", "inscribed ellipse"}
     assert 0.5 < report["floors"]["filled box"]["dice"] < report["floors"]["inscribed ellipse"]["dice"] < 1
-    assert set(report["validation_jittered"]) == set(report["test"]) == {"dice", "iou", "hd", "hd95"}
+    assert set(report["validation_jittered"]) == set(report["test"]) == set(report["floors"]["filled box"])
+    assert {*OVERLAP_METRICS, *SURFACE_METRICS, *CALIBRATION_METRICS} == set(report["test"])
+    assert set(report["history"][-1]["validation"]) == set(OVERLAP_METRICS)  # while training, what costs no time
     assert set(report["validation_classes"]) <= {"lesion", "organ"}
     assert report["seconds"] > 0 and report["date"].endswith("+00:00")
     assert len(report["history"][-1]["frequency_ratio"]) == 2 and min(report["history"][-1]["frequency_ratio"]) > 0
@@ -595,7 +608,11 @@ def test_a_field_that_fills_the_box_scores_as_the_filled_box(label_maps, resize_
     assert model.training
     floor = floor_metrics(label_maps)["filled box"]
     assert [row["name"] for row in table.rows] == ["a/organ", "a/lesion", "c/organ"]
-    assert table.rows == floor.rows
+    for row, expected in zip(table.rows, floor.rows, strict=True):
+        assert all(row[key] == expected[key] for key in ("name", *OVERLAP_METRICS, *SURFACE_METRICS))
+        # Probabilities of 0.73 and 0.27 instead of 1 and 0, where the floor is wrong about a share of the pixels.
+        assert row["brier"] == pytest.approx((1 - expected["brier"]) * 0.0723 + expected["brier"] * 0.5344, rel=1e-3)
+        assert math.isnan(expected["uncertainty_auroc"]) and row["uncertainty_auroc"] > 0.5
     assert class_means(table, label_maps)["lesion"]["dice"] == table.rows[1]["dice"]
 
 
@@ -612,6 +629,41 @@ def test_evaluation_at_another_size_and_with_jittered_boxes(label_maps):
     assert jittered[0].mean()["dice"] < exact["dice"]
     part = evaluate_masks(BoxModel(), processor, label_maps, box_jitter=0.3, indices=[2], progress=False)
     assert part.rows == jittered[0].rows[2:]
+    floor = floor_metrics(label_maps, box_jitter=0.3, output_size=100, metrics=("overlap",))["filled box"]
+    model = evaluate_masks(
+        BoxModel(), processor, label_maps, box_jitter=0.3, output_size=100, metrics=("overlap",), progress=False
+    )
+    assert [row["dice"] for row in floor.rows] == pytest.approx([row["dice"] for row in model.rows], abs=0.02)
+    assert set(floor.mean()) == set(model.mean()) == set(OVERLAP_METRICS)
+
+
+def test_distances_in_millimetres(label_maps):
+    _, (organ, lesion) = get_objects(label_maps, 0, output_size=100, spacing=(2.0, 0.5))  # of 50 x 70 pixels
+    assert organ.pixel == lesion.pixel == pytest.approx((2.0 * 50 / 100, 0.5 * 70 / 100))
+    assert organ.target.shape == (100, 100) and organ.name == "a/organ"
+    assert organ.box == pytest.approx((11 * 100 / 70, 16 * 100 / 50, 30 * 100 / 70, 35 * 100 / 50))
+    assert get_objects(label_maps, 1)[1] == []  # nothing to see
+    options = {"indices": [0], "spacing": (2.0, 2.0), "tolerance": 6.0}
+    native, large = (floor_metrics(label_maps, **options, output_size=size)["filled box"] for size in (None, 500))
+    pixels = floor_metrics(label_maps, [0], tolerance=3.0)["filled box"]
+    for row, fine, coarse in zip(native.rows, large.rows, pixels.rows, strict=True):
+        assert row["hd"] == pytest.approx(2 * coarse["hd"]) and row["nsd"] == pytest.approx(coarse["nsd"])
+        assert fine["hd"] == pytest.approx(row["hd"], abs=3) and fine["asd"] == pytest.approx(row["asd"], abs=1)
+
+
+def test_a_consumer_keeps_its_gradients(label_maps):
+    processor = IMedSamProcessor(IMedSamImageProcessor(size=96))
+    model = BoxModel().train()
+    objects = predict_objects(model, processor, label_maps, progress=False)
+    next(objects)
+    assert torch.is_grad_enabled()
+    objects.close()
+    assert model.training
+
+
+def test_unknown_metrics_are_refused(label_maps):
+    with pytest.raises(ValueError, match="Expected metrics of overlap, surface, calibration, got dice"):
+        floor_metrics(label_maps, metrics=("dice",))
 
 
 def test_masks_are_sampled_at_pixel_centres():

@@ -1,33 +1,99 @@
 """Metrics and floors for binary masks: pure functions on boolean (H, W) arrays, and a table that collects them.
 
-Empty masks, where the usual formulas have no value:
+Metrics of overlap count pixels, those of surfaces measure distances between the masks' boundaries, in the unit of
+`spacing`. Empty masks, where the usual formulas have no value:
 
-| prediction, target | Dice, IoU | Hausdorff distances                                      |
-|--------------------|-----------|----------------------------------------------------------|
-| both empty         | 1         | 0                                                        |
-| one of them empty  | 0         | the image's diagonal, more than any two pixels are apart |
+| prediction, target | Dice, IoU, precision, recall | volume difference | HD, HD95, average distance | surface Dice |
+|--------------------|------------------------------|-------------------|----------------------------|--------------|
+| both empty         | 1                            | 0                 | 0                          | 1            |
+| one of them empty  | 0                            | 1                 | the image's diagonal       | 0            |
+
+The diagonal is more than any two pixels are apart. Probabilities and uncertainties: see `calibration`.
 
 The floors are what a box alone is worth: the box filled, the ellipse inscribed in it, and Otsu's threshold inside it.
 A box is (x0, y0, x1, y1) in pixel-edge coordinates: (0, 0) is the top-left corner of the image and (W, H) the
 bottom-right one. A pixel belongs to a shape if its centre (column + 0.5, row + 0.5) does.
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+OVERLAP_METRICS = ("dice", "iou", "precision", "recall", "volume_difference")
+SURFACE_METRICS = ("hd", "hd95", "asd", "nsd")
+
 
 def segmentation_metrics(
-    prediction: np.ndarray, target: np.ndarray, spacing: tuple[float, float] = (1.0, 1.0)
+    prediction: np.ndarray,
+    target: np.ndarray,
+    spacing: tuple[float, float] = (1.0, 1.0),
+    tolerance: float = 1.0,
 ) -> dict[str, float]:
-    """All metrics of one mask: `dice` and `iou` in [0, 1], `hd` and `hd95` in the unit of `spacing`."""
+    """All metrics of one mask: those of `overlap_metrics` and of `surface_metrics`."""
+    return {**overlap_metrics(prediction, target), **surface_metrics(prediction, target, spacing, tolerance)}
+
+
+def overlap_metrics(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """
+    Of prediction A and target B, both (H, W), boolean: `dice`, `iou`, `precision` = |A and B| / |A| and `recall` =
+    |A and B| / |B| in [0, 1], and `volume_difference` = ||A| - |B|| / |B|.
+
+    Raises:
+        ValueError: if the shapes differ or are not (H, W).
+        TypeError: if a mask is not boolean.
+    """
+    _check_masks(prediction, target)
+    common, predicted, true = (int(np.count_nonzero(mask)) for mask in (prediction & target, prediction, target))
+    empty = float(predicted == true)  # what a share of nothing counts
     return {
         "dice": dice(prediction, target),
         "iou": iou(prediction, target),
-        "hd": hausdorff_distance(prediction, target, spacing=spacing),
-        "hd95": hausdorff_distance(prediction, target, percentile=95, spacing=spacing),
+        "precision": common / predicted if predicted else empty,
+        "recall": common / true if true else empty,
+        "volume_difference": abs(predicted - true) / true if true else 1 - empty,
+    }
+
+
+def surface_metrics(
+    prediction: np.ndarray,
+    target: np.ndarray,
+    spacing: tuple[float, float] = (1.0, 1.0),
+    tolerance: float = 1.0,
+) -> dict[str, float]:
+    """
+    Distances between the boundaries of two masks, in the unit of `spacing`.
+
+    `hd` is Hausdorff's distance, the largest one from a boundary pixel of either mask to the nearest of the other,
+    between their centres; `hd95` the larger one of the two directions' 95th percentiles; `asd` the mean over both
+    directions. `nsd` is the surface Dice (Nikolov et al. 2018), the share of both boundaries' length that is within
+    `tolerance` of the other; there a boundary runs between pixels, as in DeepMind's `surface-distance`.
+
+    Args:
+        prediction: (H, W), boolean.
+        target: (H, W), boolean.
+        spacing: height and width of a pixel, in array order (row, column): ones for pixels, else millimetres.
+        tolerance: in the unit of `spacing`.
+
+    Raises:
+        ValueError: if the shapes differ or are not (H, W), a spacing is not positive or the tolerance negative.
+        TypeError: if a mask is not boolean.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"`tolerance` must be a distance from 0 on, got {tolerance}.")
+    distances, _ = _surface_distances(prediction, target, spacing)
+    if distances is None:
+        worst = _distance_without_boundary(prediction, target, spacing)
+        return {"hd": worst, "hd95": worst, "asd": worst, "nsd": float(worst == 0)}
+    elements, lengths = _surface_distances(prediction, target, spacing, between_pixels=True)
+    near = sum(length[distance <= tolerance].sum() for distance, length in zip(elements, lengths, strict=True))
+    return {
+        "hd": float(max(distance.max() for distance in distances)),
+        "hd95": float(max(np.percentile(distance, 95) for distance in distances)),
+        "asd": float(np.concatenate(distances).mean()),
+        "nsd": float(near / sum(length.sum() for length in lengths)),
     }
 
 
@@ -51,35 +117,14 @@ def hausdorff_distance(
     percentile: float | None = None,
     spacing: tuple[float, float] = (1.0, 1.0),
 ) -> float:
-    """Distance between the boundaries of two masks, measured between the centres of their boundary pixels.
-
-    Args:
-        prediction: (H, W), boolean.
-        target: (H, W), boolean.
-        percentile: of the distances from one boundary to the other, in [0, 100]; the larger of the two directions is
-            returned. `None` is the maximum, Hausdorff's own distance; 95 is HD95.
-        spacing: height and width of a pixel, in array order (row, column): ones for pixels, else millimetres.
-
-    Raises:
-        ValueError: if the shapes differ or are not (H, W), or if a spacing is not positive.
-        TypeError: if a mask is not boolean.
     """
-    _check_masks(prediction, target)
-    if len(spacing) != 2 or not min(spacing) > 0:
-        raise ValueError(f"`spacing` must be two positive numbers (row, column), got {spacing}.")
-    if not (prediction.any() and target.any()):
-        worst = float(np.hypot(*np.multiply(target.shape, spacing)))
-        return worst if prediction.any() or target.any() else 0.0
-
-    from monai.metrics import compute_hausdorff_distance  # takes seconds to load
-
-    with warnings.catch_warnings():
-        # MONAI 1.6 warns of a deprecated argument that it passes itself.
-        warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
-        distance = compute_hausdorff_distance(
-            prediction[None, None], target[None, None], include_background=True, percentile=percentile, spacing=spacing
-        )
-    return float(distance)
+    `hd` of `surface_metrics`, or another percentile of the distances from one boundary to the other, in [0, 100]; the
+    larger of the two directions.
+    """
+    distances, _ = _surface_distances(prediction, target, spacing)
+    if distances is None:
+        return _distance_without_boundary(prediction, target, spacing)
+    return float(max(np.percentile(distance, 100 if percentile is None else percentile) for distance in distances))
 
 
 def filled_box(mask_shape: tuple[int, int], box: Sequence[float]) -> np.ndarray:
@@ -139,7 +184,8 @@ def box_from_mask(mask: np.ndarray) -> tuple[float, float, float, float]:
 class MetricTable:
     """Collects the metrics of many masks.
 
-    Every entry of `rows` is a dictionary with the mask's `name` and its metrics, as they were added.
+    Every entry of `rows` is a dictionary with the mask's `name` and its metrics, as they were added. A metric without
+    a value is nan, and left out of means and deviations; they are nan if no row has a value.
     """
 
     def __init__(self) -> None:
@@ -152,17 +198,62 @@ class MetricTable:
         self.rows.append({"name": name, **metrics})
 
     def mean(self) -> dict[str, float]:
-        return {key: float(np.mean(self._column(key))) for key in self._keys()}
+        return self._reduce(np.mean)
 
     def std(self) -> dict[str, float]:
         """Standard deviation over the rows (divided by their number, not by one less)."""
-        return {key: float(np.std(self._column(key))) for key in self._keys()}
+        return self._reduce(np.std)
+
+    def count(self) -> dict[str, int]:
+        """How many rows have a value."""
+        return {key: len(self._values(key)) for key in self._keys()}
+
+    def column(self, key: str) -> np.ndarray:
+        """A metric of all rows, (N,), nan where it has no value."""
+        return np.array([row[key] for row in self.rows], dtype=float)
+
+    def _reduce(self, function) -> dict[str, float]:
+        values = {key: self._values(key) for key in self._keys()}
+        return {key: float(function(value)) if len(value) else math.nan for key, value in values.items()}
 
     def _keys(self) -> list[str]:
         return [key for key in self.rows[0] if key != "name"] if self.rows else []
 
-    def _column(self, key: str) -> list[float]:
-        return [row[key] for row in self.rows]
+    def _values(self, key: str) -> np.ndarray:
+        column = self.column(key)
+        return column[~np.isnan(column)]
+
+
+def _surface_distances(prediction, target, spacing, between_pixels=False):
+    """
+    The distances from the prediction's boundary to the target's and from there back, (N,) and (M,), None if a mask is
+    empty; and, where boundaries run between pixels, the length that each of their elements stands for.
+    """
+    _check_masks(prediction, target)
+    if len(spacing) != 2 or not min(spacing) > 0:
+        raise ValueError(f"`spacing` must be two positive numbers (row, column), got {spacing}.")
+    if not (prediction.any() and target.any()):
+        return None, None
+
+    import torch
+    from monai.metrics.utils import get_edge_surface_distance  # takes seconds to load
+
+    with warnings.catch_warnings():
+        # MONAI 1.6 warns of a deprecated argument that it passes itself.
+        warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
+        edges, distances, areas = get_edge_surface_distance(
+            torch.from_numpy(np.ascontiguousarray(prediction)),
+            torch.from_numpy(np.ascontiguousarray(target)),
+            spacing=[float(length) for length in spacing],
+            use_subvoxels=between_pixels,
+            symmetric=True,
+        )
+    lengths = [area[edge].numpy() for area, edge in zip(areas, edges, strict=True)] if between_pixels else None
+    return [distance.numpy() for distance in distances], lengths
+
+
+def _distance_without_boundary(prediction, target, spacing):
+    return float(np.hypot(*np.multiply(target.shape, spacing))) if prediction.any() or target.any() else 0.0
 
 
 def _check_masks(prediction: np.ndarray, target: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """What a training run leaves beside its weights: metrics.json, curves.png and a model card."""
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -8,7 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 LIBRARIES = ("imedsam", "torch", "transformers", "peft", "accelerate", "monai", "numpy")
-COLUMNS = {"dice": ("Dice", 100), "iou": ("IoU", 100), "hd": ("HD (px)", 1), "hd95": ("HD95 (px)", 1)}
+COLUMNS = {
+    "dice": ("Dice", 100),
+    "iou": ("IoU", 100),
+    "hd": ("HD (px)", 1),
+    "hd95": ("HD95 (px)", 1),
+    "nsd": ("NSD at 1 px", 100),
+}
 
 
 def write_report(folder: Path, report: dict) -> None:
@@ -22,18 +29,25 @@ def write_report(folder: Path, report: dict) -> None:
     """
     plot_curves(report["history"], folder / "curves.png")
     (folder / "README.md").write_text(model_card(report))
-    report = {
-        **report,
+    write_json(folder / "metrics.json", {**report, **provenance()})
+
+
+def provenance() -> dict:
+    """With what and when a result was made."""
+    return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    write_json(folder / "metrics.json", report)
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a file that is either the old or the new one, whenever the process is stopped."""
+    """Writes a file that is either the old or the new one, whenever the process is stopped; nan becomes null."""
+    write_atomically(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 
@@ -114,8 +128,8 @@ Boxes are in pixels of the image, (0, 0) being its top left corner.
 
 ## Metrics
 
-Means over objects, at the images' own size; Dice and IoU in percent. Boxes come from the reference masks, so the
-filled box and the ellipse inscribed in it are what the prompt alone is worth.
+Means over objects, at the images' own size; Dice, IoU and surface Dice (NSD) in percent. Boxes come from the reference
+masks, so the filled box and the ellipse inscribed in it are what the prompt alone is worth.
 
 {table}
 ## Training
@@ -131,7 +145,7 @@ object; they say nothing about other devices, populations or loosely drawn boxes
 
 
 def markdown_table(rows: Mapping[str, Mapping[str, float]], title: str = "") -> str:
-    """A row per method; Dice and IoU in percent, distances in pixels."""
+    """A row per method; Dice, IoU and surface Dice (NSD) in percent, distances in pixels."""
     lines = [
         f"| {title} | " + " | ".join(name for name, _ in COLUMNS.values()) + " |",
         "|---|" + "---:|" * len(COLUMNS),
@@ -140,6 +154,14 @@ def markdown_table(rows: Mapping[str, Mapping[str, float]], title: str = "") -> 
         values = (f"{scale * metrics[key]:.1f}" for key, (_, scale) in COLUMNS.items())
         lines.append(f"| {name} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _without_nan(content):
+    if isinstance(content, Mapping):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def _is_hub_name(name):

@@ -119,7 +119,7 @@ def train(accelerator, model, processor, train_loader, validation, optimizer, sc
         started_at = time.perf_counter()
         last = state.epoch + 1 >= args.num_train_epochs or state.global_step >= args.max_train_steps
         if last or (state.epoch + 1) % args.eval_every == 0:
-            options = {"output_size": args.evaluation_size, "mode": None}
+            options = {"output_size": args.evaluation_size, "mode": None, "metrics": ("overlap",)}
             with average.applied() if average else nullcontext():
                 table = evaluate(accelerator, model, processor, validation, args, **options)
                 row["validation"] = table.mean()
