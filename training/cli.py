@@ -98,6 +98,85 @@ def predict(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Folder or Hub name of a trained model.")],
+    data: Annotated[str, typer.Option(help='Folder with images/ and masks/, a data set, or "phantoms".')],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    sizes: Annotated[
+        str, typer.Option(help='Sides of the squares that masks are compared on, such as "128,384,native".')
+    ] = "native",
+    box_jitter: Annotated[
+        str, typer.Option(help='Shares of a box\'s width and height by which its sides move, such as "0,0.05".')
+    ] = "0",
+    spacing: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Width and height of a pixel in millimetres, for distances in millimetres."),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in millimetres or pixels.")] = 1.0,
+    compare: Annotated[str | None, typer.Option(help="Folder or Hub name of another model.")] = None,
+    mode: Annotated[str, typer.Option(help="exact, or adaptive: only near the boundaries, faster.")] = "exact",
+    num_images: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images encoded at once.", min=1)] = 8,
+    seed: Annotated[
+        int, typer.Option(help="Of jitter, intervals, and the split of data that have none: as in training.", min=0)
+    ] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for the process's own GPU.")] = "cpu",
+) -> None:
+    """Measure a model on images with masks: metrics.json, tables, plots, and the worst and best cases."""
+    from accelerate import PartialState
+    from safetensors import SafetensorError
+
+    from imedsam.training.evaluation_report import evaluate_to_folder
+
+    try:
+        report = evaluate_to_folder(
+            model,
+            data,
+            output,
+            split=split,
+            sizes=parse_sizes(sizes),
+            box_jitters=parse_jitters(box_jitter),
+            spacing=None if spacing is None else (spacing[1], spacing[0]),
+            tolerance=tolerance,
+            compare=compare,
+            mode=mode,
+            num_images=num_images,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+        )
+    except (ValueError, OSError, SafetensorError) as error:
+        raise typer.BadParameter(str(error)) from error
+    PartialState().destroy_process_group()
+    for setting in report.get("settings", ()):
+        typer.echo(setting["title"])
+        for name, summary in setting["methods"].items():
+            typer.echo(f"  {name}: Dice {100 * summary['mean']['dice']:.1f}, HD95 {summary['mean']['hd95']:.1f}")
+    if report:
+        typer.echo(f"report.md, metrics.json, tables and plots are in {output}.")
+
+
+def parse_sizes(sizes: str) -> list[int | None]:
+    """'384,native' -> [384, None]."""
+    parts = [part.strip() for part in sizes.split(",")]
+    if wrong := [part for part in parts if part != "native" and not (part.isdecimal() and int(part) > 0)]:
+        raise typer.BadParameter(f'Expected --sizes as numbers of pixels or "native", with commas, got {wrong[0]!r}.')
+    return [None if part == "native" else int(part) for part in parts]
+
+
+def parse_jitters(jitters: str) -> list[float]:
+    """'0,0.05' -> [0.0, 0.05]."""
+    try:
+        values = [float(jitter) for jitter in jitters.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 <= value < 0.5 for value in values):
+        raise typer.BadParameter(f"Expected --box-jitter as shares in [0, 0.5), with commas, got {jitters!r}.")
+    return values
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("outputs/demo"),
 ) -> None:

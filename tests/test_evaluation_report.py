@@ -1,0 +1,276 @@
+"""`imedsam evaluate` writes what `evaluate_masks` and the bootstrap say, with one process or several."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from drawn_folders import disk, make_processor, write_folder
+from PIL import Image
+from typer.testing import CliRunner
+
+from imedsam.training import evaluation_report
+from imedsam.training.cli import app
+from imedsam.training.evaluation import evaluate_masks, floor_metrics
+from imedsam.training.evaluation_plots import draw_cases
+from imedsam.training.evaluation_report import method_names, share_of_images
+from imedsam.training.evaluation_tables import csv_table
+from imedsam.training.examples import load_examples
+from imedsam.training.intervals import mean_interval, paired_bootstrap
+
+FILES = {"metrics.json", "report.md", "summary.csv", "comparisons.csv", "objects.csv"}
+FILES |= {f"{name}.png" for name in ("boxes", "calibration", "retention", "best", "worst")}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def models(from_sam, tmp_path_factory):
+    """Folders of two tiny models."""
+    folders = []
+    for seed in (0, 1):
+        folders.append(tmp_path_factory.mktemp("models") / f"model-{seed}")
+        from_sam(seed=seed).save_pretrained(folders[-1])
+        make_processor().save_pretrained(folders[-1])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    masks = [disk(40, 60, 12 + 8 * i, 20, 8 + i) for i in range(5)]
+    masks[3][:] = 0
+    folder = write_folder(tmp_path_factory.mktemp("data") / "set", masks)
+    (folder / "splits.json").write_text(json.dumps({"test": list("abcde")}))
+    return folder
+
+
+def read_csv(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def evaluate(*arguments):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def without_none(values):
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def strictly(path):
+    """JSON without the NaN that no other language reads."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def report(models, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evaluation") / "report"
+    flags = ["--model", models[0], "--compare", models[1], "--data", data, "-o", output]
+    result = evaluate(*flags, "--sizes", "native,24", "--box-jitter", "0.1", "--spacing", 0.5, 2)
+    assert result.exit_code == 0, result.output
+    assert "native size, boxes jittered by 10 %\n  model-0: Dice" in result.output
+    return output
+
+
+@pytest.mark.slow
+def test_the_folder(report):
+    assert {path.name for path in report.iterdir()} == FILES
+    for path in report.glob("*.png"):
+        with Image.open(path) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5
+    with Image.open(report / "worst.png") as sheet:
+        assert sheet.size == (6 * 260, 4 * 260)  # four objects; image, reference, mask and uncertainty of two models
+
+
+@pytest.mark.slow
+def test_the_numbers_are_those_of_evaluate_masks(report, models, data):
+    content, examples = strictly(report / "metrics.json"), load_examples(str(data), "test")
+    assert (content["num_images"], content["unit"], content["spacing"]) == (5, "mm", [2, 0.5])
+    settings = {(s["output_size"], s["box_jitter"]): s for s in content["settings"]}
+    assert list(settings) == [(None, 0.1), (24, 0.1)]
+    setting = settings[24, 0.1]
+    assert list(setting["methods"]) == ["model-0", "model-1", "filled box", "inscribed ellipse"]
+    options = {"output_size": 24, "box_jitter": 0.1, "spacing": (2, 0.5)}
+    tables = floor_metrics(examples, **options)
+    for model in models:
+        pipeline = evaluation_report.load_method(str(model), "cpu")
+        table = evaluate_masks(pipeline.model, pipeline.processor, examples, **options, progress=False)
+        tables[model.name] = table
+    for name, table in tables.items():
+        summary = setting["methods"][name]
+        assert [row["name"] for row in summary["objects"]] == ["a", "b", "c", "e"]
+        for key, mean in table.mean().items():
+            expected = pytest.approx(mean, rel=1e-5, abs=1e-7)
+            assert summary["mean"][key] == (expected if summary["count"][key] else None)
+            values = [row[key] for row in summary["objects"] if row[key] is not None]
+            np.testing.assert_allclose(values, table.column(key)[~np.isnan(table.column(key))], rtol=1e-5, atol=1e-7)
+    dice = {name: [row["dice"] for row in summary["objects"]] for name, summary in setting["methods"].items()}
+    low, high = setting["methods"]["model-0"]["interval"]["dice"]
+    assert (low, high) == pytest.approx((mean_interval(dice["model-0"]).low, mean_interval(dice["model-0"]).high))
+    compared = [row for row in setting["comparisons"] if row["metric"] == "dice"]
+    assert [row["against"] for row in compared] == ["model-1", "filled box", "inscribed ellipse"]
+    for row in compared:
+        expected = paired_bootstrap(dice["model-0"], dice[row["against"]])
+        assert (row["mean"], row["low"], row["high"]) == pytest.approx((expected.mean, expected.low, expected.high))
+
+
+@pytest.mark.slow
+def test_curves(report):
+    setting = strictly(report / "metrics.json")["settings"][0]
+    assert "retention" not in setting["methods"]["filled box"]
+    method = setting["methods"]["model-0"]
+    retention = {key: np.array(curve) for key, curve in method["retention"].items()}
+    assert set(retention) == {"uncertainty", "confidence", "ideal", "random"}
+    for curve in retention.values():
+        assert curve[0] == 0 and curve[-1] == pytest.approx(retention["random"][-1])
+        assert (curve >= retention["ideal"] - 1e-9).all()
+    area = np.mean([row["retention_auc"] for row in method["objects"]])
+    assert np.trapezoid(retention["uncertainty"], np.linspace(0, 1, 101)) == pytest.approx(area)
+    probability, foreground, pixels = np.array(method["reliability"])
+    assert len(pixels) == 15 and (foreground <= pixels).all() and (probability <= pixels).all() and pixels.sum() > 500
+
+
+@pytest.mark.slow
+def test_the_tables(report):
+    content = strictly(report / "metrics.json")
+    text = (report / "report.md").read_text()
+    assert (
+        text.count("| filled box | 4 |") == text.count("| inscribed ellipse | 4 |") == 2 * 2
+    )  # in every table of means
+    summary = content["settings"][0]["methods"]["model-0"]
+    mean, std = (100 * summary[part]["dice"] for part in ("mean", "std"))
+    low, high = (100 * bound for bound in summary["interval"]["dice"])
+    assert f"| model-0 | 4 | {mean:.1f} ± {std:.1f} [{low:.1f}, {high:.1f}] |" in text
+    assert "Distances are in\nmillimetres, NSD has a tolerance of 1 mm" in text and "nan" not in text
+    rows = read_csv(report / "summary.csv")
+    assert len(rows) == 2 * 4 * 14
+    assert float(rows[0]["mean"]) == summary["mean"]["dice"] and rows[0]["count"] == "4"
+    areas = [row["mean"] for row in rows if row["method"] == "filled box" and row["metric"] == "retention_auc"]
+    assert areas == ["", ""]
+    objects = read_csv(report / "objects.csv")
+    assert len(objects) == 2 * 4 * 4 and float(objects[0]["hd"]) == summary["objects"][0]["hd"]
+    assert len(read_csv(report / "comparisons.csv")) == sum(len(s["comparisons"]) for s in content["settings"])
+
+
+@pytest.mark.slow
+def test_worst_and_best_cases(models, data, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(evaluation_report, "draw_cases", lambda cases, path: drawn.update({path.stem: cases}))
+    monkeypatch.setattr(evaluation_report, "NUM_CASES", 2)
+    report = evaluation_report.evaluate_to_folder(str(models[0]), str(data), tmp_path)
+    rows = report["settings"][0]["methods"]["model-0"]["objects"]
+    ranked = [row["name"] for row in sorted(rows, key=lambda row: row["dice"])]
+    assert [prompted.name for _, prompted, _ in drawn["worst"]] == ranked[:2]
+    assert [prompted.name for _, prompted, _ in drawn["best"]] == ranked[:-3:-1]
+    _, prompted, predictions = drawn["worst"][0]
+    prediction, dice = predictions["model-0"]
+    common = (prediction.mask & prompted.target).sum()
+    assert dice == pytest.approx(2 * common / (prediction.mask.sum() + prompted.target.sum()))
+    draw_cases(drawn["worst"], tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").exists()
+
+
+@pytest.mark.slow
+def test_classes(from_sam, label_folder, tmp_path):
+    labels = {0: "organ", 1: "lesion"}
+    from_sam(id2label=labels).save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    flags = ["--model", tmp_path / "model", "--data", label_folder, "-o", tmp_path / "report"]
+    result = evaluate(*flags, "--split", "train", "--mode", "adaptive")
+    assert result.exit_code == 0, result.output
+    content = strictly(tmp_path / "report/metrics.json")
+    method = content["settings"][0]["methods"]["model"]
+    assert [row["name"] for row in method["objects"]] == ["a/organ", "b/organ", "b/lesion", "c/organ"]
+    assert {name: part["num_objects"] for name, part in method["classes"].items()} == {"organ": 3, "lesion": 1}
+    dice = [row["dice"] for row in method["objects"] if row["name"].endswith("organ")]
+    assert method["classes"]["organ"]["mean"]["dice"] == pytest.approx(np.mean(dice))
+    assert method["classes"]["organ"]["std"]["dice"] == pytest.approx(np.std(dice))
+    # Image b shows both classes: they are resampled together.
+    interval = mean_interval([row["dice"] for row in method["objects"]], ["a", "b", "b", "c"])
+    assert method["interval"]["dice"] == pytest.approx([interval.low, interval.high])
+    assert "| model, lesion | 1 |" in (tmp_path / "report/report.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(models, data, tmp_path):
+    flags = f"evaluate --model {models[0]} --data {data} --batch-size 2 --box-jitter 0.1"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "imedsam.training.cli"]
+    command += [*flags.split(), "-o", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, check=True, env=environment)
+    assert CliRunner().invoke(app, [*flags.split(), "-o", str(tmp_path / "one")]).exit_code == 0
+    one, two = (strictly(tmp_path / name / "metrics.json") for name in ("one", "two"))
+    assert {path.name for path in (tmp_path / "two").iterdir()} == FILES
+    for setting, other in zip(one["settings"], two["settings"], strict=True):
+        assert setting["methods"].keys() == other["methods"].keys()
+        for name, summary in setting["methods"].items():
+            expected = other["methods"][name]
+            for row, same in zip(summary["objects"], expected["objects"], strict=True):
+                assert row.pop("name") == same.pop("name")
+                assert without_none(row) == pytest.approx(without_none(same), rel=1e-5, abs=1e-7)
+            for part in ("mean", "std"):
+                assert without_none(summary[part]) == pytest.approx(without_none(expected[part]), rel=1e-5, abs=1e-7)
+            assert summary["count"] == expected["count"]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
+def test_processes_share_whole_batches(num_processes):
+    shares = [share_of_images(7, 2, process, num_processes) for process in range(num_processes)]
+    assert sorted(index for share in shares for index in share) == list(range(7))
+    batches = {tuple(share[start : start + 2]) for share in shares for start in range(0, len(share), 2)}
+    assert batches == {(0, 1), (2, 3), (4, 5), (6,)}
+
+
+def test_names_of_methods(tmp_path):
+    assert method_names("runs/a", None) == {"a": "runs/a"}
+    assert method_names("runs/a", "runs/b/") == {"a": "runs/a", "b": "runs/b/"}
+    assert method_names("one/best", "two/best") == {"one/best": "one/best", "two/best": "two/best"}
+    with pytest.raises(ValueError, match="Expected another model to compare with, got 'a' twice"):
+        method_names("a", "a")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--sizes native,big", "Expected --sizes as numbers of pixels"),
+        ("--box-jitter 0.7", "Expected --box-jitter as shares in"),
+        ("--box-jitter many", "got 'many'"),
+        ("--split holdout", "Expected split to be one of train, validation, test, got 'holdout'"),
+        ("--spacing 0 1", "must be two positive numbers"),
+        ("--tolerance -1", "must be a distance from 0 on"),
+        ("--num-images 0", "Expected num_images of 1 or more"),
+        ("--mode fast", "Expected mode to be one of exact, adaptive, got 'fast'"),
+    ],
+)
+def test_wrong_flags_are_refused(models, data, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setenv("COLUMNS", "1000")
+    result = evaluate("--model", models[0], "--data", data, "-o", tmp_path / "report", *flags.split())
+    assert result.exit_code == 2 and message in result.output
+    assert not (tmp_path / "report").exists()
+
+
+def test_data_of_other_classes_or_without_objects_are_refused(models, label_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    flags = ["--model", models[0], "-o", tmp_path / "report", "--split", "train"]
+    result = evaluate(*flags, "--data", label_folder)
+    assert result.exit_code == 2 and "got organ, lesion: name and number them alike in labels.json" in result.output
+    empty = write_folder(tmp_path / "empty", [0 * disk(40, 60, 15, 20, 9)] * 5)
+    result = evaluate(*flags, "--data", empty)
+    assert result.exit_code == 2 and "Expected masks with an object in them in train" in result.output
+
+
+def test_csv_leaves_missing_values_empty():
+    assert csv_table([{"a": 1, "b": float("nan")}, {"a": "x, y", "b": None}]) == 'a,b\n1,\n"x, y",\n'
