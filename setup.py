@@ -9,4 +9,8 @@ PACKAGES = {
     "imedsam.training": "training",
 }
 
-setup(packages=list(PACKAGES), package_dir=PACKAGES, package_data={"imedsam": ["py.typed"]})
+setup(
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    package_data={"imedsam": ["py.typed"], "imedsam.training": ["imedsam_metrics/*.py"]},
+)
