@@ -3,7 +3,7 @@ The evaluation of a model on a data set as a folder: metrics.json, tables, plots
 
 With several processes, each evaluates a share of the images, and the first one writes the report:
 
-    accelerate launch --num_processes 4 -m imedsam.training.cli evaluate --model MODEL --data DATA -o REPORT
+    torchrun --nproc-per-node 4 -m imedsam.training.cli evaluate --model MODEL --data DATA -o REPORT
 """
 
 from collections.abc import Sequence
