@@ -8,7 +8,7 @@ from transformers import SamConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 # Keys that `PreTrainedConfig` understands without declaring them as fields.
-_INHERITED_KEYS = {
+INHERITED_KEYS = {
     "_attn_implementation",
     "_name_or_path",
     "attn_implementation",
@@ -179,7 +179,7 @@ class IMedSamConfig(PreTrainedConfig):
             raise ValueError(f"Expected a name of its own for each class, got {list(self.id2label.values())}.")
 
     def _refuse_unknown_keys(self, kwargs: dict[str, Any]) -> None:
-        unknown = sorted(set(kwargs) - _INHERITED_KEYS)
+        unknown = sorted(set(kwargs) - INHERITED_KEYS)
         if unknown:
             known = sorted(field.name for field in fields(self) if field.name not in _PRETRAINED_FIELDS)
             raise TypeError(
@@ -188,7 +188,7 @@ class IMedSamConfig(PreTrainedConfig):
             )
 
         if isinstance(self.sam_config, dict):
-            parts = {field.name for field in fields(SamConfig)} | _INHERITED_KEYS
+            parts = {field.name for field in fields(SamConfig)} | INHERITED_KEYS
             if others := sorted(set(self.sam_config) - parts):
                 raise TypeError(
                     f"Unknown key {others[0]!r} in sam_config: it takes vision_config, prompt_encoder_config and "

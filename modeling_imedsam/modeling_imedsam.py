@@ -209,10 +209,15 @@ class IMedSamModel(IMedSamPreTrainedModel):
         if reshaped_input_sizes is not None:
             lattice_region[:, 2:] = 2 * reshaped_input_sizes.to(features.device).flip(-1) / self.config.image_size - 1
         frame = prompts.frame(self.config.image_size).to(features.device)
-        features = self.implicit_decoder.normalise(features)
-        return ImplicitMaskField(
-            self.implicit_decoder, self.config, features, encoded.mean, frame, classes, lattice_region
-        )
+        features = ImplicitDecoder.normalise(features)
+        return self.bind_decoder(features, encoded.mean, frame, classes, lattice_region)
+
+    def bind_decoder(
+        self, features: Tensor, prompt: Tensor, frame: Tensor, classes: Tensor, lattice_region: Tensor
+    ) -> MaskField:
+        """The field that the decoder makes of fused prompts, as in [`~imedsam.mask_field.ImplicitMaskField`]."""
+        assert self.implicit_decoder is not None  # as `get_mask_field` has seen
+        return ImplicitMaskField(self.implicit_decoder, self.config, features, prompt, frame, classes, lattice_region)
 
     @torch.no_grad()
     def frequency_ratio(self, pixel_values: Tensor, reshaped_input_sizes: Tensor | None = None) -> Tensor:

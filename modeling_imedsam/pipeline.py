@@ -57,7 +57,11 @@ class IMedSamPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, device: str | torch.device = "cpu", **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        model_class: type[IMedSamModel] = IMedSamModel,
+        **kwargs: Any,
     ) -> IMedSamPipeline:
         """
         Loads a model and its processor. In float32, LoRA is merged into the encoder: the same function without its
@@ -67,9 +71,10 @@ class IMedSamPipeline:
         Args:
             pretrained_model_name_or_path: Hub name or folder with a model and its processor.
             device: where to run.
+            model_class: of the model, if it is a subclass.
             kwargs: of `IMedSamModel.from_pretrained`.
         """
-        model = IMedSamModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
         model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps it as a plain function
         if model.dtype == torch.float32:
             model.merge_and_unload()

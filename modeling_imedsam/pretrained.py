@@ -43,6 +43,20 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
     config: IMedSamConfig  # type: ignore[assignment]  # SAM's base class has its own
     config_class = IMedSamConfig
     base_model_prefix = "imedsam"
+    # Parts of the method and the names of their parameters, without PEFT's infixes; the first match counts.
+    part_patterns = [
+        ("LoRA", r".*\.lora_[AB]"),
+        ("frequency adapters", r"frequency_branch\.adapters"),
+        ("frequency gates", r"frequency_branch\.gates"),
+        ("prompt encoder", r"prompt_encoder"),
+        ("upscaling", r"mask_decoder\.upscale"),
+        ("mask head", r"mask_decoder\.output_hypernetworks_mlps\.0\."),
+        ("coarse field", r"implicit_decoder\.coarse"),
+        ("fine field", r"implicit_decoder\.fine"),
+        ("image encoder", r"vision_encoder"),
+        # Without SAM's heads for three masks and their scores, which are not used.
+        ("mask decoder", r"mask_decoder\.(?!output_hypernetworks_mlps|iou_prediction_head)"),
+    ]
 
     @classmethod
     def from_sam_pretrained(
@@ -97,8 +111,9 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
                 f"Expected the LoRA of the adapter at {path}, got values for {', '.join(fixed)}: leave them out, or "
                 "begin anew with from_sam_pretrained."
             )
+        if not has_adapter or "config" not in kwargs:
+            _refuse_other_checkpoint(path, cls.config_class.model_type, finding)
         if not has_adapter:
-            _refuse_sam_checkpoint(path, finding)
             model = super().from_pretrained(path, *args, **kwargs)
         elif (folder := _folder_of_whole_model(path, finding)) is not None:
             located = {key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
@@ -328,34 +343,24 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
 
     def _parts(self) -> dict[str, list[nn.Parameter]]:
         """The parameters that the configuration trains, by part, of the active adapter if there is one."""
-        parts: dict[str, list[nn.Parameter]] = {name: [] for name, _ in _PARTS}
+        parts: dict[str, list[nn.Parameter]] = {name: [] for name, _ in self.part_patterns}
         active = self.active_adapters()[0] if self._hf_peft_config_loaded else None
         for name, parameter in self.named_parameters():
             if "original_module" in name or _adapter_of(name) not in (None, active):
                 continue
             name = _ADAPTER_NAME.sub("", name)
-            part = next((part for part, pattern in _PARTS if re.match(pattern, name)), None)
+            part = next((part for part, pattern in self.part_patterns if re.match(pattern, name)), None)
             if part == "image encoder" and not self.config.train_image_encoder:
                 continue
             if part == "mask decoder" and self.config.implicit_decoder and not self.config.train_mask_decoder:
+                continue
+            if part == "mask head" and self.config.implicit_decoder:
                 continue
             if part is not None:
                 parts[part].append(parameter)
         return parts
 
 
-# Parts of the method and the names of their parameters, without PEFT's infixes; the first match counts.
-_PARTS = [
-    ("LoRA", r".*\.lora_[AB]"),
-    ("frequency adapters", r"frequency_branch\.adapters"),
-    ("frequency gates", r"frequency_branch\.gates"),
-    ("prompt encoder", r"prompt_encoder"),
-    ("upscaling", r"mask_decoder\.upscale"),
-    ("coarse field", r"implicit_decoder\.coarse"),
-    ("fine field", r"implicit_decoder\.fine"),
-    ("image encoder", r"vision_encoder"),
-    ("mask decoder", r"mask_decoder"),
-]
 _ADAPTER_NAME = re.compile(r"modules_to_save\.([^.]+)\.|(?<=lora_[AB])\.([^.]+)")
 # What changes the function that an adapter's parameters stand for, and not always their shapes.
 _SHARED_BY_ADAPTERS = (
@@ -395,10 +400,16 @@ def _folder_of_whole_model(path: str, finding: dict[str, Any]) -> str | None:
     return None if files[-1] is None else os.path.dirname(files[-1])
 
 
-def _refuse_sam_checkpoint(path: str, finding: dict[str, Any]) -> None:
+def _refuse_other_checkpoint(path: str, expected: str, finding: dict[str, Any]) -> None:
     model_type = PreTrainedConfig.get_config_dict(path, **finding)[0].get("model_type")
-    if model_type != IMedSamConfig.model_type:
+    if model_type == expected:
+        return
+    if str(model_type).startswith(IMedSamConfig.model_type):
         raise ValueError(
-            f"Expected an I-MedSAM checkpoint at {path}, got one of type {model_type!r}: "
-            "start from a SAM with IMedSamModel.from_sam_pretrained."
+            f"Expected a checkpoint of type {expected!r} at {path}, got one of type {model_type!r}: "
+            "imedsam.training.baselines.load_model takes what it finds."
         )
+    raise ValueError(
+        f"Expected an I-MedSAM checkpoint at {path}, got one of type {model_type!r}: "
+        "start from a SAM with IMedSamModel.from_sam_pretrained."
+    )

@@ -514,7 +514,7 @@ def test_one_step_changes_what_should_train(from_sam, inputs, values):
     if values.get("train_mask_decoder"):
         expected.add("mask decoder")
     if not values.get("implicit_decoder", True):
-        expected |= {"mask decoder", "upscaling"}
+        expected |= {"mask decoder", "mask head", "upscaling"}
     assert set(parts) == expected
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert changed <= trainable
@@ -522,10 +522,8 @@ def test_one_step_changes_what_should_train(from_sam, inputs, values):
     assert {names[id(p)] for part in parts.values() for p in part} == trainable
     for part, parameters in parts.items():  # some of every part moves
         assert {names[id(p)] for p in parameters} & changed, part
-    # Of what trains, nothing idles but what this prompt does not use, SAM's heads, and biases of keys.
+    # Of what trains, nothing idles but what this prompt does not use, and biases of keys.
     unused = ("mask_embed", "point_embed", "k_proj.bias")
-    if values.get("train_mask_decoder") or not values.get("implicit_decoder", True):
-        unused += ("iou_prediction_head", "output_hypernetworks_mlps")
     if values.get("train_mask_decoder"):  # the field takes the features, not the tokens
         unused += ("final_attn",)
     idle = {name for name in trainable - changed if not any(key in name for key in unused)}

@@ -7,9 +7,9 @@ import math
 from huggingface_hub.errors import StrictDataclassError
 from transformers import SchedulerType
 
-from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.processing.image_processing_imedsam import RESIZE_MODES
 from imedsam.training.augmentation import STRENGTHS
+from imedsam.training.baselines import METHODS
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
@@ -17,6 +17,9 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add = parser.add_argument
     add(
         "--model_name_or_path", required=True, help="SAM checkpoint to start from, or I-MedSAM checkpoint to train on."
+    )
+    add(
+        "--method", choices=METHODS, default="imedsam", help="I-MedSAM, or a baseline: see imedsam.training.baselines."
     )
     add(
         "--dataset_name",
@@ -42,7 +45,14 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         metavar=("LOW", "HIGH"),
         help="Intensities of the images that become 0 and 1, for those that are not of 8 or 16 bits without sign.",
     )
-    add("--config", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="IMedSamConfig values, as JSON.")
+    add(
+        "--config",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Values of the model's configuration (IMedSamConfig), as JSON.",
+    )
     add("--num_points", type=positive_int, default=4096, help="Supervised points per prompt.")
     add(
         "--num_candidates",
@@ -64,7 +74,12 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--copy_paste", type=share, default=0.0, help="Share of the images that get another image's objects too.")
     add("--per_device_train_batch_size", type=positive_int, default=4)
     add("--per_device_eval_batch_size", type=positive_int, default=4)
-    add("--learning_rate", type=not_negative, default=1e-3, help="Of the fields and the frequency gates.")
+    add(
+        "--learning_rate",
+        type=not_negative,
+        default=1e-3,
+        help="Of the fields, the frequency gates, and a baseline's head or U-Net.",
+    )
     add(
         "--adapter_learning_rate",
         type=not_negative,
@@ -111,7 +126,10 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         args.config = dict(parse_config(item) for item in args.config)
         if derived := {"id2label", "num_labels", "sam_config"} & set(args.config):
             raise ValueError(f"{min(derived)} follows from the data and the SAM checkpoint: leave it out.")
-        IMedSamConfig(**args.config)
+        if "image_size" in args.config:
+            raise ValueError("image_size has a flag of its own, --image_size.")
+        method = METHODS[args.method]
+        method.model_class.config_class(**method.get_values(args.config))
     except (TypeError, ValueError, StrictDataclassError) as error:
         parser.error(f"argument --config: {error}")
     if args.uniform_share + args.boundary_share > 1:

@@ -57,7 +57,7 @@ def predict(
     import torch
     from safetensors import SafetensorError
 
-    from imedsam.pipeline import IMedSamPipeline
+    from imedsam.training.baselines import load_pipeline
     from imedsam.training.predict import find_images, predict_files, read_boxes
 
     if (box is None) == (boxes is None):
@@ -80,7 +80,7 @@ def predict(
             raise ValueError(
                 f"Expected --model to be a folder or a name on the Hub such as user/model, got {model!r}."
             )
-        pipeline = IMedSamPipeline.from_pretrained(model, device)
+        pipeline = load_pipeline(model, device)
         classes = pipeline.model.config.label2id
         if class_name is not None and class_name not in classes:
             raise ValueError(f"Expected --class to be one of {', '.join(classes)}, got {class_name!r}.")

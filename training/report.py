@@ -8,6 +8,9 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.training.baselines import METHODS
+
 LIBRARIES = ("imedsam", "torch", "transformers", "peft", "accelerate", "monai", "numpy")
 COLUMNS = {
     "dice": ("Dice", 100),
@@ -71,7 +74,9 @@ def model_card(report: dict) -> str:
     arguments = report["arguments"]
     dataset, base = arguments["dataset_name"], arguments["model_name_or_path"]
     head = ["library_name: imedsam", "pipeline_tag: mask-generation"]
-    head += ["tags:", "- medical", "- image-segmentation", "- segment-anything", "- implicit-neural-representation"]
+    head += ["tags:", "- medical", "- image-segmentation"]
+    if arguments["method"] == "imedsam":
+        head += ["- segment-anything", "- implicit-neural-representation"]
     if _is_hub_name(base):
         head.append(f"base_model: {base}")
     if _is_hub_name(dataset):
@@ -90,6 +95,8 @@ def model_card(report: dict) -> str:
     return CARD.format(
         head="\n".join(head),
         name=Path(arguments["output_dir"]).resolve().name,
+        method=METHODS[arguments["method"]].description,
+        usage=USAGE if METHODS[arguments["method"]].model_class is IMedSamModel else BASELINE_USAGE,
         dataset=dataset if dataset == "phantoms" or _is_hub_name(dataset) else Path(dataset).name,
         base=base if _is_hub_name(base) else Path(base).name,
         image_size=report["image_size"],
@@ -103,23 +110,26 @@ def model_card(report: dict) -> str:
     )
 
 
+USAGE = ("from imedsam import IMedSamPipeline", "IMedSamPipeline.from_pretrained")
+BASELINE_USAGE = ("from imedsam.training.baselines import load_pipeline", "load_pipeline")
+
 CARD = """---
 {head}
 ---
 
 # {name}
 
-I-MedSAM (implicit medical image segmentation with Segment Anything, ECCV 2024), trained from `{base}` on `{dataset}`
-at {image_size} x {image_size} pixels. It takes an image and a box per object and gives the object's mask at any
-resolution. Classes: {classes}.
+{method}; trained from `{base}` on
+`{dataset}` at {image_size} x {image_size} pixels. It takes an image and a box per object and gives the object's
+mask at any resolution. Classes: {classes}.
 
 ## How to use
 
 ```python
 from PIL import Image
-from imedsam import IMedSamPipeline
+{usage[0]}
 
-pipeline = IMedSamPipeline.from_pretrained("path/to/{name}")
+pipeline = {usage[1]}("path/to/{name}")
 pipeline.set_image(Image.open("image.png"))
 mask = pipeline.predict(input_boxes=[[x0, y0, x1, y1]], class_labels=[0]).masks[0, 0]
 ```

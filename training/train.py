@@ -22,13 +22,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState,
 from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, get_scheduler
+from transformers import get_scheduler
 
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.image_processing_imedsam import IMedSamImageProcessor
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.training.arguments import parse_args
 from imedsam.training.averaging import WeightAverage
+from imedsam.training.baselines import METHODS, find_model_class, load_model
 from imedsam.training.checkpoints import TrainerState, recover_folder, resume, save_checkpoint, save_model
 from imedsam.training.data import EpochSampler, PromptedSegmentationDataset, collate_prompts
 from imedsam.training.evaluation import class_means, evaluate_masks, floor_metrics
@@ -40,6 +41,9 @@ from imedsam.training.report import write_report
 LEARNING_RATES = {
     "coarse field": "learning_rate",
     "fine field": "learning_rate",
+    "convolutional head": "learning_rate",
+    "mask head": "learning_rate",
+    "U-Net": "learning_rate",
     "frequency gates": "learning_rate",
     "LoRA": "adapter_learning_rate",
     "frequency adapters": "adapter_learning_rate",
@@ -212,7 +216,7 @@ def finish(accelerator, processor, examples: dict[str, Examples], args, state: T
             f"Expected the best model in {output_dir / 'best'}, got none (best epoch {state.best_epoch}): put it "
             "back, or train anew without --resume_from_checkpoint."
         )
-    model = IMedSamModel.from_pretrained(output_dir / "best").to(accelerator.device)
+    model = load_model(output_dir / "best").to(accelerator.device)
     report = {
         "arguments": vars(args),
         "image_size": model.config.image_size,
@@ -264,11 +268,11 @@ def get_examples(args: argparse.Namespace) -> dict[str, Examples]:
 
 
 def get_model_and_processor(args: argparse.Namespace, examples: Examples) -> tuple[IMedSamModel, IMedSamProcessor]:
-    """From a SAM checkpoint, or from an I-MedSAM one to train on."""
-    path = args.model_name_or_path
-    if PreTrainedConfig.get_config_dict(path)[0].get("model_type") != "imedsam":
-        model = IMedSamModel.from_sam_pretrained(
-            path, image_size=args.image_size or 384, id2label=examples.id2label, **args.config
+    """Of the method, from a SAM checkpoint, or from one of its own to train on."""
+    path, method = args.model_name_or_path, METHODS[args.method]
+    if find_model_class(path) is None:
+        model = method.model_class.from_sam_pretrained(
+            path, image_size=args.image_size or 384, id2label=examples.id2label, **method.get_values(args.config)
         )
         size, mode = model.config.image_size, args.resize_mode or "stretch"
         return model, IMedSamProcessor(IMedSamImageProcessor(size=size, resize_mode=mode, window=args.window))
@@ -277,7 +281,10 @@ def get_model_and_processor(args: argparse.Namespace, examples: Examples) -> tup
             f"Expected no --config, --image_size, --resize_mode or --window with {path}, got some: it is an I-MedSAM "
             "checkpoint and keeps its own; start from a SAM checkpoint to change them."
         )
-    model = IMedSamModel.from_pretrained(path)
+    model = load_model(path)
+    if not method.made(model):
+        made = [name for name, other in METHODS.items() if other.made(model)]
+        raise ValueError(f"Expected --method {made[-1]}, which {path} was trained with, got {args.method}.")
     if model.config.num_labels != len(examples.id2label):
         raise ValueError(
             f"Expected {model.config.num_labels} classes in {args.dataset_name}, which {path} was trained for, got "
