@@ -324,17 +324,23 @@ def test_wrong_configurations_are_refused():
 # Training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_an_image_by_heart(run, method):
-    flags = "--num_train_images 1 --num_eval_images 1 --num_train_epochs 60 --eval_every 60 --augmentation none"
-    flags += " --box_jitter 0 --num_points 500 --learning_rate 1e-2 --adapter_learning_rate 3e-3 --do_test"
-    flags += " --checkpointing_steps 60 --encoder_learning_rate 1e-3 --lr_scheduler_type constant --ema_decay 0.5 --coarse_ramp_epochs 10"
+    flags = (
+        "--num_train_images 1 --num_eval_images 1 --num_train_epochs 150 --eval_every 150 --checkpointing_steps 150"
+    )
+    flags += (
+        " --augmentation none --box_jitter 0 --num_points 500 --uniform_share 0.3 --point_weighting none --do_test"
+    )
+    flags += " --learning_rate 1e-2 --adapter_learning_rate 3e-3 --encoder_learning_rate 1e-3 --ema_decay 0.5"
+    flags += " --lr_scheduler_type constant --coarse_ramp_epochs 10"
     folder = run(method, *flags.split())
     examples = load_examples("phantoms", "train", num_images=1, image_size=64)
     model, processor = load_model(folder), IMedSamProcessor.from_pretrained(folder)
     assert METHODS[method].made(model)
     dice = evaluate_masks(model, processor, examples, progress=False).mean()["dice"]
-    assert dice > max(floor.mean()["dice"] for floor in floor_metrics(examples).values()), dice
+    assert dice > 0.93 > max(floor.mean()["dice"] for floor in floor_metrics(examples).values())
     report = read(folder)
     assert report["arguments"]["method"] == method and {"dice", "hd"} <= set(report["test"])
     assert sum(report["trainable_parameters"].values()) == sum(
@@ -351,7 +357,7 @@ def test_every_method_learns_an_image_by_heart(run, method):
     assert names["mask"].shape == (40, 50)
 
 
-@pytest.mark.parametrize("method", ["convolutional", "unet"])
+@pytest.mark.parametrize("method", ["unet", pytest.param("convolutional", marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_with_the_same_weights(run, monkeypatch, method):
     flags = "--num_train_epochs 2 --num_train_images 2 --per_device_train_batch_size 1 --learning_rate 3e-3".split()
     flags += ["--ema_decay", "0.5"]
