@@ -8,7 +8,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import copy
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from imedsam.mask_field import MaskField
 from imedsam.rendering import TILE_POINTS
 from imedsam.training.arguments import parse_args as parse_training_args
 from imedsam.training.examples import Examples, load_examples
+from imedsam.training.machine import processor_name
 from imedsam.training.metrics import box_from_mask
 from imedsam.training.report import write_json
 from imedsam.training.train import main as train
@@ -240,12 +241,3 @@ def finish(name: str, args: argparse.Namespace, results: dict, goals: Goals, fig
     figure.savefig(args.output_dir / f"{name}.png", dpi=120)
     write_json(args.output_dir / f"{name}.json", report)
     sys.exit(1 if args.check and not all(row["met"] for row in goals.rows) else 0)
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names: Iterable[str] = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(iter(names), platform.machine())

@@ -135,7 +135,7 @@ def _load_phantoms(split, num_images, seed, size, num_classes, kind):
 
 
 def _load_folder(folder, split, seed, labels):
-    images = _find_images(folder / "images")
+    images = images_by_name(folder / "images")
     if (folder / "splits.json").exists():
         splits = _read_splits(folder / "splits.json")
         _check_splits_are_disjoint(splits, folder / "splits.json")
@@ -157,7 +157,13 @@ def _load_folder(folder, split, seed, labels):
     return Examples(_Files(files), names, labels)
 
 
-def _find_images(folder):
+def images_by_name(folder: Path) -> dict[str, Path]:
+    """
+    The images of a folder by their names without suffix, in the order of the files.
+
+    Raises:
+        ValueError: two images of one name.
+    """
     images: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in IMAGE_SUFFIXES:

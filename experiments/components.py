@@ -1,0 +1,29 @@
+"""
+What each part adds, from LoRA with SAM's own mask decoder on.
+
+    python experiments/components.py [--test]
+
+Cost: 2 runs of its own. Expected: every part adds (the paper's Table 5); without the prompt's frame Dice 79, below the
+ellipse in the box (docs/results.md).
+"""
+
+from runner import main
+from runs import Row, Run, Table
+
+TABLES = (
+    Table(
+        "components",
+        "Components",
+        (
+            Row("LoRA", (Run("sam_decoder", flags="--config frequency_view=null"),)),
+            Row("+ frequency adapter", (Run("sam_decoder"),)),
+            Row("+ implicit decoder", (Run(flags="--config prompt_frame=false"),)),
+            Row("+ coordinates in the prompt's frame: all", (Run(),)),
+        ),
+        (("kvasir_sessile", "validation"), ("kvasir_sessile", "test"), ("cvc_clinicdb", "test")),
+        reference="+ coordinates in the prompt's frame: all",
+    ),
+)
+
+if __name__ == "__main__":
+    main(tables=["components"])

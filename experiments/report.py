@@ -1,0 +1,270 @@
+"""
+Tables and plots of all results there are, into docs/results.md between its two markers, and docs/images.
+
+    python experiments/report.py
+
+Cost: seconds. A table is left out where none of its runs has been scored. Intervals are of 95 %, by bootstrap over the
+objects (the sequences of CVC-ClinicDB, the scenes of the other sets); the means of several seeds are taken object by
+object before, and those of folds stand together.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from duplicates import read_pairs
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from runner import FILES, HERE, load_tables
+from runs import Row, Scoring, Table
+from splits import clusters
+
+from imedsam.training.intervals import Interval, mean_interval, paired_bootstrap
+
+BEGIN, END = "<!-- experiments: begin -->", "<!-- experiments: end -->"
+METRICS = {
+    "dice": ("Dice", 100),
+    "iou": ("IoU", 100),
+    "hd": ("HD (px)", 1),
+    "hd95": ("HD95 (px)", 1),
+    "nsd": ("NSD (1 px)", 100),
+    "asd": ("ASD (px)", 1),
+    "precision": ("precision", 100),
+    "recall": ("recall", 100),
+    "ece": ("ECE", 100),
+    "brier": ("Brier", 100),
+    "uncertainty_auroc": ("AUROC of errors", 100),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--document", type=Path, default=HERE.parent / "docs" / "results.md")
+    args = parser.parse_args()
+    images = args.document.parent / "images" / "experiments"
+    sections = [section for table in load_tables(FILES) for section in write_table(table, args.results, images)]
+    write_between_markers(args.document, "\n\n".join([hygiene(args.results), *sections]))
+
+
+@dataclass
+class Scored:
+    """
+    A row with its results.
+
+    Args:
+        objects: for each object's name its metrics, means over the runs that have it.
+        per_run: the means of each run.
+        facts: run.json of each run; none for a floor.
+        adaptive: whether masks were rendered adaptively.
+    """
+
+    row: Row
+    objects: dict[str, dict[str, float]]
+    per_run: list[dict[str, float]]
+    facts: list[dict]
+    adaptive: bool = False
+
+    def values(self, metric: str, names: Sequence[str] | None = None) -> list[float]:
+        return [self.objects[name].get(metric, math.nan) for name in names or self.objects]
+
+    @property
+    def repeated(self) -> bool:
+        """Whether the runs are seeds, scored on the same objects; folds are not."""
+        return len({fact["arguments"]["seed"] for fact in self.facts}) > 1
+
+
+def write_table(table: Table, results: Path, images: Path) -> list[str]:
+    """A section for each part of the data that has results, and its plot as a file."""
+    sections = []
+    for data, split in table.parts(test=True):
+        scored = [one for row in table.rows if (one := read_row(row, table.scoring(row, data, split), results))]
+        if not any(one.facts for one in scored):
+            continue
+        path = images / f"{table.name}-{data.replace(':', '_')}-{split}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(table, scored, data, path)
+        num = max(len(one.objects) for one in scored)
+        title = f"### {table.title}: {data}, {split} ({num} objects)"
+        picture = f"![{table.title}](images/{path.parent.name}/{path.name})"
+        parts = [title, table.about, markdown(table, scored, data), details(scored), picture]
+        sections.append("\n\n".join(part for part in parts if part))
+    return sections
+
+
+def read_row(row: Row, scoring: Scoring, results: Path) -> Scored | None:
+    """None unless all of the row's runs have been scored, exactly rendered or, where that is missing, adaptively."""
+    if row.floor is not None:
+        path = results / "floors" / f"{Scoring(scoring.data, scoring.split).name}.json"
+        tables = [json.loads(path.read_text())[row.floor]] if path.exists() else []
+    else:
+        exact, adaptive = (
+            [results / run.name / f"{replace(scoring, mode=mode).name}.json" for run in row.runs]
+            for mode in ("exact", None)
+        )
+        paths = exact if all(path.exists() for path in exact) else adaptive
+        tables = [json.loads(path.read_text()) for path in paths] if all(path.exists() for path in paths) else []
+    if not tables:
+        return None
+    objects: dict[str, dict[str, list[float]]] = {}
+    for columns in tables:
+        for metric, values in columns.items():
+            if metric == "name":
+                continue
+            for name, value in zip(columns["name"], values, strict=True):
+                objects.setdefault(name, {}).setdefault(metric, []).append(math.nan if value is None else value)
+    means = {name: {metric: _mean(values) for metric, values in own.items()} for name, own in objects.items()}
+    per_run = [{metric: _mean(values) for metric, values in columns.items() if metric != "name"} for columns in tables]
+    facts = [json.loads((results / run.name / "run.json").read_text()) for run in row.runs]
+    return Scored(row, means, per_run, facts, adaptive=row.floor is None and paths is adaptive)
+
+
+def markdown(table: Table, scored: Sequence[Scored], data: str) -> str:
+    first = METRICS[table.columns[0]][0]
+    titles = [METRICS[metric][0] for metric in table.columns]
+    heads = ["", "runs", *titles, f"{first}, difference", "trained", "s / image", "memory (GB)"]
+    lines = [" | ".join(["", *heads, ""]).strip(), "|---|" + "---:|" * (len(heads) - 1)]
+    by_label = {one.row.label: one for one in scored}
+    for one in scored:
+        cells = [one.row.label, str(len(one.facts) or ""), *(average(one, metric) for metric in table.columns)]
+        reference = by_label.get(one.row.against or table.reference)
+        cells.append("" if reference in (None, one) else difference(one, reference, table.columns[0], data))
+        lines.append("| " + " | ".join([*cells, *cost(one)]) + " |")
+    return "\n".join(lines)
+
+
+def average(one: Scored, metric: str) -> str:
+    """The mean over the objects, and the standard deviation over the seeds, if there are several."""
+    scale = METRICS[metric][1]
+    mean = scale * _mean(one.values(metric))
+    if not math.isfinite(mean):
+        return ""
+    if not one.repeated:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} ± {scale * np.std([means[metric] for means in one.per_run], ddof=1):.1f}"
+
+
+def difference(one: Scored, reference: Scored, metric: str, data: str) -> str:
+    names = [name for name in one.objects if name in reference.objects]
+    interval = paired_bootstrap(
+        one.values(metric, names), reference.values(metric, names), clusters(data, plain(names), read_pairs())
+    )
+    scale = METRICS[metric][1]
+    return f"{scale * interval.mean:+.1f} [{scale * interval.low:.1f}, {scale * interval.high:.1f}]"
+
+
+def plain(names: Sequence[str]) -> list[str]:
+    """Of the images; objects of label maps are called name/class."""
+    return [name.partition("/")[0] for name in names]
+
+
+def cost(one: Scored) -> list[str]:
+    if not one.facts:
+        return ["", "", ""]
+    fact = one.facts[0]
+    memory = fact["peak_memory"] or {}
+    peak = memory.get("gpu") or memory.get("process")
+    trained = f"{sum(fact['trainable_parameters'].values()) / 1e6:.2f} M"
+    return [trained, f"{fact['seconds_per_image']:.2f}", "" if peak is None else f"{peak / 1e9:.1f}"]
+
+
+def details(scored: Sequence[Scored]) -> str:
+    """Hardware, steps, time, seeds, and what each row has trained."""
+    facts = [fact for one in scored for fact in one.facts]
+    machines = sorted({fact["machine"]["gpu"] or f"{fact['machine']['processor']}" for fact in facts})
+    steps = sorted({fact["arguments"]["max_train_steps"] for fact in facts})
+    minutes = [fact["seconds"] / 60 for fact in facts]
+    dates = sorted({fact["date"][:10] for fact in facts})
+    trained: dict[str, list[str]] = {}
+    for one in scored:
+        if one.facts:
+            parts = ", ".join(f"{name} {count:,}" for name, count in one.facts[0]["trainable_parameters"].items())
+            trained.setdefault(f"{one.facts[0]['start']}; {parts}", []).append(one.row.label)
+    lines = [
+        f"{' and '.join(map(str, steps))} steps, {min(minutes):.0f} to {max(minutes):.0f} minutes of training a run; "
+        f"seeds {', '.join(map(str, sorted({fact['arguments']['seed'] for fact in facts})))}; "
+        f"{', '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; "
+        f"{_rendering(scored)} rendering. Start and trained parameters:",
+        "",
+        *(f"- {parts}: {'; '.join(labels) if len(trained) > 1 else 'all rows'}" for parts, labels in trained.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _rendering(scored):
+    return " and ".join(sorted({"adaptive" if one.adaptive else "exact" for one in scored if one.facts}))
+
+
+def draw(table: Table, scored: Sequence[Scored], data: str, path: Path) -> None:
+    """The first metric with its interval: a line per row, or along an axis a curve per series."""
+    metric = table.columns[0]
+    name, scale = METRICS[metric]
+    means = [scaled_interval(one, metric, data, scale) for one in scored]
+    figure = Figure(figsize=(7, 0.6 + 0.34 * len(scored)) if not table.x else (7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    if table.x:
+        for series in dict.fromkeys(one.row.series for one in scored if one.row.x is not None):
+            points = [(o.row.x, m) for o, m in zip(scored, means, strict=True) if o.row.series == series]
+            x, y = [point[0] for point in points], [point[1] for point in points]
+            axis.errorbar(x, [m.mean for m in y], _errors(y), marker="o", capsize=3, label=series or None)
+        axis.set(xlabel=table.x, ylabel=name)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8)
+    else:
+        places = range(len(scored))
+        axis.errorbar([m.mean for m in means], places, xerr=_errors(means), fmt="o", capsize=3)
+        axis.set(xlabel=name, yticks=places, yticklabels=[one.row.label for one in scored])
+        axis.invert_yaxis()
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def scaled_interval(one: Scored, metric: str, data: str, scale: float) -> Interval:
+    values = [scale * value for value in one.values(metric)]
+    return mean_interval(values, clusters(data, plain(list(one.objects)), read_pairs()))
+
+
+def _errors(intervals):
+    return np.nan_to_num([[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]).clip(min=0)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """Of those that are there."""
+    numbers = [value for value in values if value is not None and not math.isnan(value)]
+    return float(np.mean(numbers)) if numbers else math.nan
+
+
+def hygiene(results: Path) -> str:
+    """How many near-duplicates there are, and how many images each split has lost to them."""
+    pairs: dict[str, int] = {}
+    for pair in read_pairs():
+        name = " and ".join(dict.fromkeys(pair.datasets))
+        pairs[name] = pairs.get(name, 0) + 1
+    lines = ["### Near-duplicates", "", "| between | pairs |", "|---|---:|"]
+    lines += [f"| {name} | {count} |" for name, count in sorted(pairs.items())]
+    dropped: dict[str, dict[str, int]] = {}
+    for path in sorted(results.glob("*/run.json")):
+        fact = json.loads(path.read_text())
+        data = fact["run"].partition("-medical")[0].partition("-imagenet")[0]
+        dropped[data] = {split: len(names) for split, names in fact["dropped"].items()}
+    if dropped:
+        lines += ["", "| left out | validation | test |", "|---|---:|---:|"]
+        lines += [f"| {name} | {n.get('validation', 0)} | {n.get('test', 0)} |" for name, n in dropped.items()]
+    return "\n".join(lines)
+
+
+def write_between_markers(path: Path, content: str) -> None:
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"Expected the lines {BEGIN} and {END} once each in {path}, got others: put them in.")
+    before, _, rest = text.partition(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n\n{content}\n\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()

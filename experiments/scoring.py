@@ -1,0 +1,171 @@
+"""Scores of a trained model under changes that need no training, as columns of small numbers."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from runs import NUM_PHANTOMS, PHANTOM_SIZE, Scoring
+from torch import Tensor
+
+from imedsam import IMedSamModel, IMedSamProcessor
+from imedsam.image_encoder import resize_positions
+from imedsam.training.evaluation import evaluate_masks, floor_metrics
+from imedsam.training.examples import Examples, load_examples
+from imedsam.training.metrics import MetricTable, box_from_mask
+
+TIMED_IMAGES = 8
+DIGITS = 5
+
+
+def score(model: IMedSamModel, processor: IMedSamProcessor, examples: Examples, scoring: Scoring) -> dict[str, list]:
+    """The metrics of each object in columns, `name` being the first."""
+    model, processor = at_input_size(model, processor, scoring.input_size)
+    with changed_config(model, dict(scoring.config)):
+        table = evaluate_masks(
+            UpsampledModel(model) if scoring.upsampled else model,
+            processor,
+            examples,
+            output_size=scoring.output_size,
+            mode=scoring.mode,
+            box_jitter=scoring.box_jitter,
+        )
+    return to_columns(table)
+
+
+def score_floors(examples: Examples) -> dict[str, dict[str, list]]:
+    return {name: to_columns(table) for name, table in floor_metrics(examples).items()}
+
+
+def open_examples(folder: Path | None, data: str, split: str) -> Examples:
+    """Of a prepared folder, or phantoms, which are drawn large."""
+    if folder is None:
+        return load_examples(data, split, num_images=NUM_PHANTOMS, image_size=PHANTOM_SIZE)
+    return load_examples(str(folder), split)
+
+
+def load_trained(folder: Path, method: str) -> tuple[IMedSamModel, IMedSamProcessor]:
+    """A run's model, on the device that Accelerate chooses, with LoRA merged into the encoder."""
+    if method == "imedsam":
+        model = IMedSamModel.from_pretrained(folder)
+    else:
+        from imedsam.training.baselines import load_model
+
+        model = load_model(folder)
+    model.to(PartialState().device)
+    model.merge_and_unload()
+    return model.eval(), IMedSamProcessor.from_pretrained(folder)
+
+
+@contextmanager
+def changed_config(model: IMedSamModel, values: dict) -> Iterator[None]:
+    """The model with another uncertainty or selection; selection=None is the coarse field alone."""
+    before = {key: getattr(model.config, key) for key in values}
+    fine = model.implicit_decoder.fine if model.implicit_decoder is not None else None
+    try:
+        for key, value in values.items():
+            setattr(model.config, key, value)
+        if values.get("selection", True) is None:
+            model.implicit_decoder.fine = None  # type: ignore[union-attr]  # only such models have a selection
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(model.config, key, value)
+        if model.implicit_decoder is not None:
+            model.implicit_decoder.fine = fine
+
+
+def at_input_size(
+    model: IMedSamModel, processor: IMedSamProcessor, size: int | None
+) -> tuple[IMedSamModel, IMedSamProcessor]:
+    """
+    The model, its LoRA merged, and its processor for a square of another side; the positions are interpolated, as from
+    SAM's 1024.
+    """
+    if size is None or size == model.config.image_size:
+        return model, processor
+    config = deepcopy(model.config)
+    for part in (config.sam_config.vision_config, config.sam_config.prompt_encoder_config):
+        part.image_size = size
+    config.sam_config.prompt_encoder_config.image_embedding_size = size // config.patch_size
+    smaller = type(model)(config).to(model.device)  # type: ignore[arg-type]  # wrapped as a plain function
+    smaller.load_state_dict(resize_positions(model.state_dict(), config.sam_config.vision_config))
+    image_processor = copy(processor.image_processor)
+    image_processor.size = {"height": size, "width": size}
+    return smaller.eval(), IMedSamProcessor(image_processor)
+
+
+class UpsampledModel:
+    """
+    What an implicit decoder has to beat: a model whose masks are rendered on its own square, and whose logits there
+    are interpolated bilinearly, at pixel centres, at whatever size is asked for.
+    """
+
+    def __init__(self, model: IMedSamModel):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def get_mask_field(self, *args, **kwargs) -> "UpsampledField":
+        return UpsampledField(self.model.get_mask_field(*args, **kwargs), self.model.config.image_size)
+
+
+class UpsampledField:
+    def __init__(self, field, side: int):
+        self.field, self.side = field, side
+
+    def render(self, output_size, region: Tensor | None = None, mode: str | None = None):
+        whole = self.field.render((self.side, self.side), None, mode)
+        rendered = copy(whole)
+        for name in ("logits", "uncertainty"):
+            values = getattr(whole, name)
+            setattr(rendered, name, crop_and_resize(values, output_size, region))
+        return rendered
+
+
+def crop_and_resize(values: Tensor, size: tuple[int, int], region: Tensor | None) -> Tensor:
+    """Maps (B, P, M, S, S) over the square [-1, 1]^2 at the pixel centres of a grid over a rectangle of it, (B, 4)."""
+    maps = values.flatten(1, 2)
+    box = torch.tensor([[-1.0, -1.0, 1.0, 1.0]]) if region is None else region.reshape(-1, 4)
+    x0, y0, x1, y1 = box.to(maps).expand(len(maps), 4)[..., None].unbind(1)
+    columns = x0 + (x1 - x0) * (torch.arange(size[1], device=maps.device) + 0.5) / size[1]
+    rows = y0 + (y1 - y0) * (torch.arange(size[0], device=maps.device) + 0.5) / size[0]
+    grid = torch.stack([columns[:, None].expand(-1, size[0], -1), rows[:, :, None].expand(-1, -1, size[1])], dim=-1)
+    resized = F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return resized.unflatten(1, values.shape[1:3])
+
+
+@torch.inference_mode()
+def time_per_image(model: IMedSamModel, processor: IMedSamProcessor, examples: Examples) -> float:
+    """Seconds from an image and a box to the mask of the image's own size; the median over a few images."""
+    seconds = []
+    for index in [0, *range(min(TIMED_IMAGES, len(examples)))]:  # the first one, as a warm-up, does not count
+        example = examples[index]
+        boxes = [[list(map(float, box_from_mask(example["mask"] > 0)))]]
+        started_at = time.perf_counter()
+        inputs = processor(images=[example["image"]], input_boxes=boxes, return_tensors="pt").to(model.device)
+        sizes = inputs["reshaped_input_sizes"]
+        embeddings = model.get_image_embeddings(inputs["pixel_values"], sizes)
+        field = model.get_mask_field(embeddings, input_boxes=inputs["input_boxes"], reshaped_input_sizes=sizes)
+        region = processor.get_image_regions(inputs["original_sizes"], sizes)
+        field.render(example["mask"].shape, region).logits.cpu()
+        seconds.append(time.perf_counter() - started_at)
+    return sorted(seconds[1:])[len(seconds[1:]) // 2]
+
+
+def to_columns(table: MetricTable) -> dict[str, list]:
+    """Rows turned to columns, with few digits; None where a metric has no value."""
+    keys = list(table.rows[0])
+    return {key: [_shorten(row[key]) for row in table.rows] for key in keys}
+
+
+def _shorten(value):
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

@@ -1,0 +1,346 @@
+"""The experiments' runs, their scores, and the tables that are made of them."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import report
+import runner
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
+from drawn_folders import disk, make_processor, write_folder
+from one_run import Task, carry_out, refuse_another_recipe
+from PIL import Image
+from runs import Row, Run, Scoring, Table, changes, folds, seeds
+from scoring import UpsampledModel, at_input_size, changed_config, crop_and_resize, to_columns
+from torch.testing import assert_close
+
+from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.training.arguments import parse_args
+from imedsam.training.evaluation import evaluate_masks
+from imedsam.training.examples import load_examples
+from imedsam.training.metrics import MetricTable
+
+SMALL = (
+    "--max_train_steps 2 --image_size 64 --num_points 200 --evaluation_size 32 --augmentation none --eval_every 1 "
+    "--mixed_precision no --config coarse_widths=[32,32] fine_widths=[32,32] coarse_features=16 fine_head_width=16 "
+    "selection_lattice=8"
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+# Runs
+
+
+def test_runs_are_the_same_if_their_flags_come_to_the_same():
+    usual = Run()
+    assert Run(flags="--config selection_share=0.125 frequency_view=amplitude --num_points 2500").name == usual.name
+    different = [
+        *("--config selection_share=0.25", "--config frequency_view=null", "--num_points 100", "--image_size 128"),
+    ]
+    runs = [usual, *(Run(flags=flags) for flags in different), *seeds(usual, 1, 2), *folds(usual)]
+    runs += [Run("sam_decoder"), Run("unet"), Run("unet", flags="--learning_rate 3e-4"), Run(data="busi")]
+    runs += [Run(start="imagenet")]
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_flags_of_a_run_prevail_over_the_recipe():
+    args = parse_args([*"--model_name_or_path m --dataset_name d --output_dir o".split(), *Run(
+        flags="--num_points 7 --config lora_rank=2", seed=3).arguments(["--max_train_steps", "5"])])  # fmt: skip
+    assert (args.num_points, args.seed, args.max_train_steps) == (7, 3, 5)
+    assert args.config == {"lora_rank": 2, "lora_alpha": 16, "train_mask_decoder": True}
+    assert Run("unet").arguments()[:2] == ["--method", "unet"] and "--config" not in Run("unet").arguments()
+
+
+def test_every_table_compares_with_rows_that_it_has():
+    tables = runner.load_tables(runner.FILES)
+    assert len({table.name for table in tables}) == len(tables)
+    for table in tables:
+        labels = [row.label for row in table.rows]
+        assert len(set(labels)) == len(labels)
+        assert {table.reference, *(row.against for row in table.rows)} - {""} <= set(labels)
+        assert all(metric in report.METRICS for metric in table.columns)
+        for row in table.rows:
+            assert bool(row.runs) != bool(row.floor)
+
+
+def test_test_splits_are_scored_only_on_demand():
+    for table in runner.load_tables(runner.FILES):
+        splits = {scoring.split for scorings in table.scorings(False).values() for scoring in scorings}
+        assert splits <= {"validation"}
+
+
+def test_a_dry_run_says_what_is_shared_and_starts_nothing(tmp_path, capsys):
+    flags = ["--tables", "spectrum", "octaves", "--dry_run", "--results", str(tmp_path / "results")]
+    runner.main(flags)
+    out = capsys.readouterr().out
+    assert "spectrum, 5 rows of 5 runs, 5 of its own" in out and "octaves, 2 rows of 2 runs, 1 of its own" in out
+    assert f"  ({Run().name})" in out and f"{Run().name}: train and 1 scorings" in out
+    assert out.endswith("6 distinct runs\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_runs_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="Expected --runs out of .*, got nonsense"):
+        runner.main(["--tables", "octaves", "--runs", "nonsense", "--results", str(tmp_path)])
+
+
+def test_tasks_survive_the_way_to_another_process(tmp_path):
+    scoring = Scoring("set", "test", 0.1, config=(("selection", None), ("selection_share", 0.5)))
+    task = Task(Run(fold=2), [scoring], tmp_path, {"medical": "x"}, tmp_path / "o", tmp_path / "r", ["--seed", "1"], 3)
+    assert Task.from_json(task.to_json()) == task
+    assert Task.from_json(replace(task, run=None).to_json()).run is None
+
+
+# Scores
+
+
+def test_upsampling_is_bilinear_interpolation_at_pixel_centres():
+    maps = torch.randn(2, 1, 1, 12, 12)
+    expected = F.interpolate(maps[:, 0], (30, 20), mode="bilinear", align_corners=False)[:, None]
+    assert_close(crop_and_resize(maps, (30, 20), None), expected, atol=1e-5, rtol=1e-5)
+    left = torch.tensor([[-1.0, -1.0, 0.0, 1.0]])
+    half = F.interpolate(maps[:, 0], (30, 40), mode="bilinear", align_corners=False)[:, None, ..., :20]
+    assert_close(crop_and_resize(maps, (30, 20), left), half, atol=1e-5, rtol=1e-5)
+
+
+def test_upsampled_masks_are_those_of_the_square_where_the_image_has_its_size(from_sam, tmp_path):
+    model, processor = from_sam(), make_processor()
+    mask = disk(64, 64, 30, 34, 12)
+    same, larger = (
+        write_folder(tmp_path / "same", [mask] * 2),
+        write_folder(tmp_path / "large", [disk(100, 80, 40, 50, 20)] * 2),
+    )
+    for folder, equal in ((same, True), (larger, False)):
+        examples = load_examples(str(folder), "train")
+        native, upsampled = (evaluate_masks(m, processor, examples) for m in (model, UpsampledModel(model)))
+        assert (native.rows == upsampled.rows) == equal
+
+
+def test_another_input_size_is_that_of_a_model_made_for_it(from_sam, inputs):
+    model = from_sam(64).merge_and_unload()
+    smaller, processor = at_input_size(model, make_processor(), 32)
+    made = from_sam(32).merge_and_unload()
+    assert_close(smaller.state_dict(), made.state_dict())
+    assert processor.image_processor.size == {"height": 32, "width": 32} and smaller.config.image_size == 32
+    boxes = inputs["input_boxes"] / 2
+    pixels = F.interpolate(inputs["pixel_values"], 32)
+    one, other = (m(pixel_values=pixels, input_boxes=boxes).pred_masks for m in (smaller, made))
+    assert_close(one, other)
+    assert at_input_size(model, make_processor(), 64)[0] is model and model.config.image_size == 64
+
+
+def test_a_changed_configuration_holds_for_its_block(from_sam, inputs):
+    model = from_sam(selection_share=0.5)
+
+    def values():
+        embeddings = model.get_image_embeddings(inputs["pixel_values"])
+        field = model.get_mask_field(embeddings, input_boxes=inputs["input_boxes"])
+        return field.values(torch.rand(2, 1, 50, 2, generator=torch.Generator().manual_seed(0)))
+
+    with torch.no_grad():
+        before = values()
+        with changed_config(model, {"selection": None}):
+            none = values()
+        with changed_config(model, {"selection_share": 1.0}):
+            every = values()
+        after = values()
+    assert_close(none.logits, before.coarse_logits)
+    assert (every.logits != before.coarse_logits).all()
+    assert 0 < (before.logits != before.coarse_logits).float().mean() < 1
+    assert_close(after.logits, before.logits, atol=0, rtol=0)
+
+
+def test_columns_have_few_digits_and_no_nan():
+    table = MetricTable()
+    table.add("a", {"dice": 0.123456789, "hd": math.nan})
+    table.add("b", {"dice": 1.0, "hd": 12345.678})
+    assert to_columns(table) == {"name": ["a", "b"], "dice": [0.12346, 1.0], "hd": [None, 12346.0]}
+
+
+# From a run to a table
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two small data sets under the names of real ones."""
+    root = tmp_path_factory.mktemp("data")
+    masks = [disk(40, 60, 12 + 4 * i, 20, 8 + i) for i in range(8)]
+    folder = write_folder(root / "kvasir_sessile", masks)
+    parts = {"train": list("abcd"), "validation": ["e", "f"], "test": ["g", "h"]}
+    (folder / "splits.json").write_text(json.dumps(parts))
+    write_folder(root / "cvc_clinicdb", masks[:3])
+    for kind in ("images", "masks"):
+        for number, path in enumerate(sorted((root / "cvc_clinicdb" / kind).iterdir())):
+            path.rename(path.with_name(f"{1 + 30 * number}{path.suffix}"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def done(root, sam_folder, tmp_path_factory):
+    """A run of two steps and its scores; and the task."""
+    place = tmp_path_factory.mktemp("place")
+    scorings = [
+        Scoring("kvasir_sessile", "validation"),
+        Scoring("kvasir_sessile", "validation", config=(("selection", None),)),
+        Scoring("cvc_clinicdb", "test", output_size=16, upsampled=True),
+    ]
+    starts = {"medical": str(sam_folder)}
+    task = Task(Run(), scorings, root, starts, place / "outputs", place / "results", SMALL.split())
+    carry_out(task)
+    carry_out(replace(task, run=None, scorings=scorings[:1]))
+    return task
+
+
+def test_a_run_leaves_its_facts_and_the_scores_of_every_object(done):
+    folder = done.results / done.run.name
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["run"] == done.run.name and facts["arguments"]["max_train_steps"] == 2
+    assert facts["arguments"]["config"]["lora_rank"] == 16 and "output_dir" not in facts["arguments"]
+    assert facts["num_images"] == {"train": 4, "validation": 2} and facts["start"].startswith("sam")
+    assert facts["machine"]["cores"] and facts["versions"]["torch"] and facts["seconds_per_image"] > 0
+    assert facts["peak_memory"]["process"] > 1e8 and facts["trainable_parameters"]["LoRA"] > 0
+    assert len(facts["frequency_ratio"]) == 2
+    assert {path.name for path in folder.iterdir()} == {
+        "run.json",
+        "kvasir_sessile-validation.json",
+        "kvasir_sessile-validation-selection=None.json",
+        "cvc_clinicdb-test-output_size=16-upsampled=True.json",
+    }
+    columns = json.loads((folder / "kvasir_sessile-validation.json").read_text())
+    assert columns["name"] == ["e", "f"]
+    model = IMedSamModel.from_pretrained(done.output_dir / done.run.name)
+    table = evaluate_masks(model, make_processor(), load_examples(str(done.data / "kvasir_sessile"), "validation"))
+    np.testing.assert_allclose(columns["dice"], [row["dice"] for row in table.rows], rtol=1e-4)
+    floors = json.loads((done.results / "floors" / "kvasir_sessile-validation.json").read_text())
+    assert floors["inscribed ellipse"]["dice"][0] > 0.9 > floors["filled box"]["dice"][0]
+
+
+def test_what_is_done_is_not_done_again(done, monkeypatch):
+    assert runner.is_done(done)
+    monkeypatch.setattr("one_run.train", None)
+    monkeypatch.setattr("one_run.load_trained", None)
+    carry_out(done)
+    more = replace(done, scorings=[*done.scorings, Scoring("kvasir_sessile", "test")])
+    assert not runner.is_done(more)
+
+
+def test_scores_can_be_added_to_a_trained_run(done, monkeypatch):
+    monkeypatch.setattr("one_run.train", None)
+    scoring = Scoring("kvasir_sessile", "validation", box_jitter=0.2)
+    carry_out(replace(done, scorings=[scoring]))
+    path = done.results / done.run.name / f"{scoring.name}.json"
+    assert json.loads(path.read_text())["name"] == ["e", "f"]
+    path.unlink()
+
+
+def test_adaptive_scores_stand_in_for_exact_ones(done, monkeypatch):
+    monkeypatch.setattr("one_run.train", None)
+    scoring = Scoring("kvasir_sessile", "validation", output_size=48)
+    row = Row("", (done.run,), changes(output_size=48))
+    assert report.read_row(row, scoring, done.results) is None
+    carry_out(replace(done, scorings=[replace(scoring, mode=None)]))
+    adaptive = report.read_row(row, scoring, done.results)
+    carry_out(replace(done, scorings=[scoring]))
+    exact = report.read_row(row, scoring, done.results)
+    assert adaptive.adaptive and not exact.adaptive
+    np.testing.assert_allclose(adaptive.values("dice"), exact.values("dice"), atol=0.02)
+    for mode in ("exact", None):
+        (done.results / done.run.name / f"{replace(scoring, mode=mode).name}.json").unlink()
+
+
+def test_another_recipe_or_other_images_are_refused(done, tmp_path):
+    flags = [*done.run.arguments(done.flags), *"--model_name_or_path m --dataset_name d --output_dir o".split()]
+    path = done.results / done.run.name / "run.json"
+    refuse_another_recipe(path, flags)
+    with pytest.raises(SystemExit, match="Expected a run of this recipe in .*, got another num_points: move it away"):
+        refuse_another_recipe(path, [*flags, "--num_points", "7"])
+    splits = done.output_dir / done.run.name / "data" / "kvasir_sessile" / "splits.json"
+    before = splits.read_text()
+    splits.write_text(json.dumps({**json.loads(before), "train": ["a"]}))
+    with pytest.raises(SystemExit, match="Expected a run with these images in .*, got one with others"):
+        carry_out(replace(done, results=tmp_path))
+    splits.write_text(before)
+
+
+def test_tables_are_written_between_the_markers(done, tmp_path, monkeypatch):
+    run = done.run
+    table = Table(
+        "small",
+        "A table",
+        (
+            Row("inscribed ellipse", floor="inscribed ellipse"),
+            Row("merged", (run,)),
+            Row("coarse", (run,), changes(config={"selection": None})),
+            Row("not there", seeds(run, 0, 1)),
+        ),
+        (("kvasir_sessile", "validation"), ("kvasir_sessile", "test")),
+        reference="merged",
+        columns=("dice", "hd95"),
+    )
+    monkeypatch.setattr(report, "load_tables", lambda names: [table])
+    document = tmp_path / "results.md"
+    document.write_text(f"# Results\n{report.BEGIN}\nold\n{report.END}\nAfter.\n")
+    monkeypatch.setattr("sys.argv", ["report.py", "--results", str(done.results), "--document", str(document)])
+    report.main()
+    text = document.read_text()
+    assert text.startswith("# Results\n") and text.endswith("\nAfter.\n") and "old" not in text
+    assert "### A table: kvasir_sessile, validation (2 objects)" in text and "kvasir_sessile, test" not in text
+    dice = json.loads((done.results / run.name / "kvasir_sessile-validation.json").read_text())["dice"]
+    assert f"| merged | 1 | {100 * np.mean(dice):.1f} |" in text
+    assert "| coarse | 1 |" in text and "not there" not in text and "2 steps" in text
+    with Image.open(tmp_path / "images/experiments/small-kvasir_sessile-validation.png") as plot:
+        assert plot.width > 300
+    report.main()
+    assert document.read_text() == text
+    document.write_text("# Results\n")
+    with pytest.raises(SystemExit, match="Expected the lines .* once each in .*results.md, got others: put them in"):
+        report.main()
+
+
+def test_seeds_are_averaged_by_object_and_folds_stand_together(tmp_path):
+    run = Run()
+
+    def write(run, columns):
+        (tmp_path / run.name).mkdir(exist_ok=True)
+        facts = {"arguments": {"seed": run.seed}}
+        (tmp_path / run.name / "run.json").write_text(json.dumps(facts))
+        (tmp_path / run.name / "kvasir_sessile-validation.json").write_text(json.dumps(columns))
+
+    for one, dice in zip(seeds(run, 0, 1), ([0.5, 0.75], [0.75, 0.75]), strict=True):
+        write(one, {"name": ["a", "b"], "dice": dice, "hd95": [None, 2.0]})
+    for number, one in enumerate(folds(run, 2)):
+        write(one, {"name": [f"f{number}"], "dice": [0.5 + number / 4]})
+    scoring = Scoring("kvasir_sessile", "validation")
+    repeated = report.read_row(Row("", seeds(run, 0, 1)), scoring, tmp_path)
+    assert repeated.values("dice") == [0.625, 0.75] and repeated.values("hd95", ["b"]) == [2.0]
+    assert report.average(repeated, "dice") == f"68.8 ± {100 * 0.125 / math.sqrt(2):.1f}"
+    assert report.average(repeated, "hd95") == "2.0 ± 0.0" and report.average(repeated, "nsd") == ""
+    pooled = report.read_row(Row("", folds(run, 2)), scoring, tmp_path)
+    assert pooled.values("dice") == [0.5, 0.75] and report.average(pooled, "dice") == "62.5"
+    changed = replace(repeated, objects={"a": {"dice": 0.425}, "b": {"dice": 0.55}})
+    assert report.difference(changed, repeated, "dice", "kvasir_sessile") == "-20.0 [-20.0, -20.0]"
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_in_processes_of_their_own(root, sam_folder, tmp_path, capsys):
+    places = ["--data", root, "--medical", sam_folder, "--output_dir", tmp_path / "o", "--results", tmp_path / "r"]
+    flags = [*map(str, places), "--tables", "octaves", "--jobs", "2", f"--flags={SMALL}"]
+    runner.main(flags)
+    assert "failed" not in capsys.readouterr().out
+    for run in runner.load_tables(["octaves"])[0].scorings(False):
+        facts = json.loads((tmp_path / "r" / run.name / "run.json").read_text())
+        assert facts["side_by_side"] == 2 and (tmp_path / "o" / run.name / "log.txt").stat().st_size > 0
+    runner.main(flags)
+    assert "started" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="Expected every run to finish, got errors in .*octaves=8"):
+        runner.main([*flags[:-1], f"--flags={SMALL} --num_points 7"])
