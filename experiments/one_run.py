@@ -75,13 +75,16 @@ def score_all_floors(task: Task) -> None:
 def train_and_score(task: Task, run: Run) -> None:
     output_dir, results = task.output_dir / run.name, task.results / run.name
     splits, folder = prepare(task, run, run.data)
-    flags = run.arguments(task.flags) + ["--model_name_or_path", task.starts[run.start]]
-    flags += ["--output_dir", str(output_dir), "--dataset_name", run.data if folder is None else str(folder)]
-    if (results / "run.json").exists():
-        refuse_another_recipe(results / "run.json", flags)
+    flags = training_flags(task, run, run.data if folder is None else str(folder))
+    refuse_other_results(task)
     missing = missing_scores(task.scorings, results)
     if (results / "run.json").exists() and not missing:
         return
+    if (results / "run.json").exists() and not (output_dir / "metrics.json").exists():
+        raise SystemExit(
+            f"Expected the weights of {run.name} in {output_dir}, whose results are in {results}, got none: score it "
+            "where it was trained, or move the results away to train it anew."
+        )
     trained_here = train_once(output_dir, flags)
     memory = peak_memory() if trained_here else None
     model, processor = load_trained(output_dir, run.method)
@@ -125,6 +128,17 @@ def train_once(output_dir: Path, flags: list[str]) -> bool:
         refuse_another_recipe(checkpoint / STATE_FILE, flags)
     train(flags)
     return True
+
+
+def training_flags(task: Task, run: Run, dataset: str) -> list[str]:
+    places = ["--model_name_or_path", task.starts[run.start], "--output_dir", str(task.output_dir / run.name)]
+    return [*run.arguments(task.flags), *places, "--dataset_name", dataset]
+
+
+def refuse_other_results(task: Task) -> None:
+    """Results that are there must be those of the task's flags."""
+    if task.run is not None and (path := task.results / task.run.name / "run.json").exists():
+        refuse_another_recipe(path, training_flags(task, task.run, task.run.data))
 
 
 def refuse_another_recipe(path: Path, flags: list[str]) -> None:

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from one_run import Task, missing_scores
+from one_run import Task, missing_scores, refuse_other_results
 from runs import STARTS, Run, Scoring, Table, start_folder
 
 HERE = Path(__file__).parent
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None, tables: Sequence[str] = FILES) -> No
     if args.dry_run:
         print_plan(chosen, tasks)
         return
+    for task in tasks:
+        refuse_other_results(task)
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda task: start(task, args.jobs), tasks))
     if failed := [name_of(task) for task, result in zip(tasks, results, strict=True) if result != 0]:

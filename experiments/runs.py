@@ -12,7 +12,7 @@ from imedsam.training.arguments import parse_args
 # Of every run: equally many steps, so that rows of a table cost the same, with the flags that were chosen on the
 # validation split of Kvasir-Sessile (docs/results.md).
 RECIPE = (
-    "--image_size 384 --max_train_steps 1300 --per_device_train_batch_size 2 --num_points 2500 --uniform_share 0.3 "
+    "--image_size 384 --max_train_steps 1000 --per_device_train_batch_size 2 --num_points 2500 --uniform_share 0.3 "
     "--point_weighting none --box_jitter 0.01 --copy_paste 0.3 --learning_rate 1e-3 --adapter_learning_rate 1e-3 "
     "--encoder_learning_rate 2e-4 --weight_decay 0.1 --ema_decay 0.997 --evaluation_size 128 "
     "--eval_every 3 --augmentation light"

@@ -243,6 +243,12 @@ def test_scores_can_be_added_to_a_trained_run(done, monkeypatch):
     path.unlink()
 
 
+def test_results_of_another_machine_are_not_trained_again(done, tmp_path):
+    more = replace(done, scorings=[Scoring("kvasir_sessile", "test")], output_dir=tmp_path)
+    with pytest.raises(SystemExit, match="Expected the weights of .*, got none: score it where it was trained"):
+        carry_out(more)
+
+
 def test_adaptive_scores_stand_in_for_exact_ones(done, monkeypatch):
     monkeypatch.setattr("one_run.train", None)
     scoring = Scoring("kvasir_sessile", "validation", output_size=48)
@@ -342,5 +348,8 @@ def test_runs_side_by_side_in_processes_of_their_own(root, sam_folder, tmp_path,
         assert facts["side_by_side"] == 2 and (tmp_path / "o" / run.name / "log.txt").stat().st_size > 0
     runner.main(flags)
     assert "started" not in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="Expected every run to finish, got errors in .*octaves=8"):
+    with pytest.raises(SystemExit, match="Expected a run of this recipe in .*, got another num_points"):
         runner.main([*flags[:-1], f"--flags={SMALL} --num_points 7"])
+    places[places.index("--results") + 1] = tmp_path / "others"
+    with pytest.raises(SystemExit, match="Expected every run to finish, got errors in .*octaves=8.*log.txt"):
+        runner.main([*map(str, places), "--tables", "octaves", "--jobs", "2", f"--flags={SMALL} --num_points 7"])
