@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/duplicates"), help="For the sheets.")
     parser.add_argument("--sheet_pairs", type=int, default=24, help="On each sheet: so many pairs, the most distant.")
     args = parser.parse_args()
-    pairs, counts = [], {}
+    pairs: list[Pair] = []
+    counts: dict[str, int] = {}
     for datasets, region in FAMILIES.items():
         images = {dataset: images_by_name(args.data / dataset / "images") for dataset in datasets}
         paths = {(dataset, name): path for dataset, part in images.items() for name, path in part.items()}
@@ -76,7 +77,7 @@ def perceptual_hash(path: Path, region: tuple[float, float, float, float]) -> np
 
     with Image.open(path) as image:
         box = tuple(round(share * side) for share, side in zip(region, image.size * 2, strict=True))
-        return phash(image.crop(box), hash_size=HASH_SIDE).hash.ravel()  # type: ignore[arg-type]  # four of them
+        return phash(image.crop(box), hash_size=HASH_SIDE).hash.ravel()
 
 
 def find_pairs(names: list[tuple[str, str]], hashes: np.ndarray, max_distance: int) -> list[Pair]:
@@ -84,7 +85,7 @@ def find_pairs(names: list[tuple[str, str]], hashes: np.ndarray, max_distance: i
     bits = hashes.astype(np.float32)
     distances = bits @ (1 - bits).T + (1 - bits) @ bits.T
     close = np.argwhere(np.triu(distances <= max_distance, 1))
-    pairs = [Pair(*sorted((names[i], names[j])), int(distances[i, j])) for i, j in close]
+    pairs = [Pair(min(names[i], names[j]), max(names[i], names[j]), int(distances[i, j])) for i, j in close]
     return sorted(pairs, key=lambda pair: (pair.distance, pair.first, pair.second))
 
 

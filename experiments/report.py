@@ -209,8 +209,8 @@ def draw(table: Table, scored: Sequence[Scored], data: str, path: Path) -> None:
     axis = figure.subplots()
     if table.x:
         for series in dict.fromkeys(one.row.series for one in scored if one.row.x is not None):
-            points = [(o.row.x, m) for o, m in zip(scored, means, strict=True) if o.row.series == series]
-            x, y = [point[0] for point in points], [point[1] for point in points]
+            chosen = [(o.row.x or 0, m) for o, m in zip(scored, means, strict=True) if o.row.series == series]
+            x, y = zip(*chosen, strict=True)
             axis.errorbar(x, [m.mean for m in y], _errors(y), marker="o", capsize=3, label=series or None)
         axis.set(xlabel=table.x, ylabel=name)
         if axis.get_legend_handles_labels()[1]:

@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None, tables: Sequence[str] = FILES) -> No
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda task: start(task, args.jobs), tasks))
     if failed := [name_of(task) for task, result in zip(tasks, results, strict=True) if result != 0]:
-        raise SystemExit(f"Expected every run to finish, got errors in {', '.join(failed)}: see log.txt of each.")
+        raise SystemExit(
+            f"Expected every run to finish, got errors in {', '.join(failed)}: see above, or log.txt of each."
+        )
 
 
 def parse_args(argv: Sequence[str] | None, tables: Sequence[str]) -> argparse.Namespace:
@@ -120,8 +122,8 @@ def start(task: Task, jobs: int) -> int:
     command = [sys.executable, str(HERE / "one_run.py"), task.to_json()]
     print(f"{name_of(task)}: started", flush=True)
     with (folder / "log.txt").open("a") as log:
-        streams = {} if jobs == 1 else {"stdout": log, "stderr": subprocess.STDOUT}
-        status = subprocess.run(command, env={**threads, **os.environ}, **streams).returncode
+        out = None if jobs == 1 else log  # one run shows its progress
+        status = subprocess.run(command, env={**threads, **os.environ}, stdout=out, stderr=out).returncode
     print(f"{name_of(task)}: {'done' if status == 0 else 'failed'}", flush=True)
     return status
 

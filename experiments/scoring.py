@@ -66,17 +66,18 @@ def load_trained(folder: Path, method: str) -> tuple[IMedSamModel, IMedSamProces
 def changed_config(model: IMedSamModel, values: dict) -> Iterator[None]:
     """The model with another uncertainty or selection; selection=None is the coarse field alone."""
     before = {key: getattr(model.config, key) for key in values}
-    fine = model.implicit_decoder.fine if model.implicit_decoder is not None else None
+    coarse_alone = "selection" in values and values["selection"] is None
+    fine = model.implicit_decoder.fine if coarse_alone else None
     try:
         for key, value in values.items():
             setattr(model.config, key, value)
-        if values.get("selection", True) is None:
-            model.implicit_decoder.fine = None  # type: ignore[union-attr]  # only such models have a selection
+        if coarse_alone:
+            model.implicit_decoder.fine = None
         yield
     finally:
         for key, value in before.items():
             setattr(model.config, key, value)
-        if model.implicit_decoder is not None:
+        if coarse_alone:
             model.implicit_decoder.fine = fine
 
 
@@ -93,7 +94,7 @@ def at_input_size(
     for part in (config.sam_config.vision_config, config.sam_config.prompt_encoder_config):
         part.image_size = size
     config.sam_config.prompt_encoder_config.image_embedding_size = size // config.patch_size
-    smaller = type(model)(config).to(model.device)  # type: ignore[arg-type]  # wrapped as a plain function
+    smaller = type(model)(config).to(model.device)
     smaller.load_state_dict(resize_positions(model.state_dict(), config.sam_config.vision_config))
     image_processor = copy(processor.image_processor)
     image_processor.size = {"height": size, "width": size}
