@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from runs import DERIVED, MACHINE_DEPENDENT, Run, Scoring
+from runs import DERIVED, MACHINE_DEPENDENT, WITHOUT_SAM, Run, Scoring
 from scoring import load_trained, open_examples, score, score_floors, time_per_image
 from splits import Splits, make_splits, write_folder
 
@@ -90,7 +90,8 @@ def train_and_score(task: Task, run: Run) -> None:
     model, processor = load_trained(output_dir, run.method)
     if not (results / "run.json").exists():
         facts = gather_facts(run, json.loads((output_dir / "metrics.json").read_text()))
-        facts |= {"start": Path(task.starts[run.start]).name, "dropped": {} if splits is None else splits.dropped}
+        facts["start"] = "from nothing" if run.method in WITHOUT_SAM else Path(task.starts[run.start]).name
+        facts |= {"dropped": {} if splits is None else splits.dropped}
         facts |= {"machine": describe_machine(), "side_by_side": task.side_by_side, "peak_memory": memory}
         results.mkdir(parents=True, exist_ok=True)
         seconds = time_per_image(model, processor, open_examples(folder, run.data, "validation"))
