@@ -106,7 +106,7 @@ def test_the_numbers_are_those_of_evaluate_masks(report, models, data):
     options = {"output_size": 24, "box_jitter": 0.1, "spacing": (2, 0.5)}
     tables = floor_metrics(examples, **options)
     for model in models:
-        pipeline = evaluation_report.load_method(str(model), "cpu")
+        pipeline = evaluation_report.load_pipeline(str(model), "cpu")
         table = evaluate_masks(pipeline.model, pipeline.processor, examples, **options, progress=False)
         tables[model.name] = table
     for name, table in tables.items():

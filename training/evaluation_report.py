@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from imedsam.pipeline import IMedSamPipeline
+from imedsam.training.baselines import load_pipeline
 from imedsam.training.calibration import RETENTION_LEVELS, error_retention_curve, region_around, reliability_bins
 from imedsam.training.evaluation import (
     FLOORS,
@@ -143,7 +144,7 @@ def evaluate_to_folder(
     """
     state = PartialState(cpu=device == "cpu")
     names = method_names(model, compare)
-    pipelines = {name: load_method(path, state.device) for name, path in names.items()}
+    pipelines = {name: load_pipeline(path, state.device) for name, path in names.items()}
     num_classes = next(iter(pipelines.values())).model.config.num_labels
     examples = load_examples(data, split, seed=seed, num_images=num_images, num_classes=num_classes)
     for name, pipeline in pipelines.items():
@@ -175,11 +176,6 @@ def evaluate_to_folder(
     }
     write_folder(output, report, protocol, settings, pipelines)
     return report
-
-
-def load_method(path: str, device) -> IMedSamPipeline:
-    """A model and its processor, from a folder or the Hub."""
-    return IMedSamPipeline.from_pretrained(path, device)
 
 
 def method_names(model: str, compare: str | None) -> dict[str, str]:
