@@ -226,13 +226,16 @@ class ImplicitMaskField(MaskField):
         return field
 
     def _rows(self, rows: Tensor) -> "ImplicitMaskField":
-        field = copy(self)
-        field.batch_size, field.num_prompts = len(rows), 1
-        for name in ("features", "prompt", "coarse_part", "fine_part", "frame", "classes"):
-            values = getattr(self, name)
-            setattr(field, name, None if values is None else values[rows])
-        field.lattice_region = self.lattice_region[rows // self.num_prompts]
-        field._threshold = field._lattice = None
+        field = ImplicitMaskField(
+            self.decoder,
+            self.config,
+            self.features[rows],
+            self.prompt[rows],
+            self.frame[rows],
+            self.classes[rows],
+            self.lattice_region[rows // self.num_prompts],
+        )
+        field.evaluating = self.evaluating
         return field
 
     def selecting_from(self, uncertainty: Tensor) -> "ImplicitMaskField":
