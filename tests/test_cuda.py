@@ -43,7 +43,7 @@ def test_embeddings(from_sam, inputs, attention, dtype, tolerance):
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:Torchinductor does not support code")
 def test_compiled_as_one_graph_each(pair, inputs):
     """The encoder and the field, by inductor."""
     torch.compiler.reset()
