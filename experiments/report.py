@@ -177,7 +177,8 @@ def details(scored: Sequence[Scored]) -> str:
     facts = [fact for one in scored for fact in one.facts]
     machines = sorted({fact["machine"]["gpu"] or f"{fact['machine']['processor']}" for fact in facts})
     steps = sorted({fact["arguments"]["max_train_steps"] for fact in facts})
-    minutes = [fact["seconds"] / 60 for fact in facts]
+    seconds = [fact["seconds"] for fact in facts]
+    minutes = dict.fromkeys(f"{time / 60:.0f}" for time in (min(seconds), max(seconds)))
     dates = sorted({fact["date"][:10] for fact in facts})
     trained: dict[str, list[str]] = {}
     for one in scored:
@@ -185,7 +186,7 @@ def details(scored: Sequence[Scored]) -> str:
             parts = ", ".join(f"{name} {count:,}" for name, count in one.facts[0]["trainable_parameters"].items())
             trained.setdefault(f"{one.facts[0]['start']}; {parts}", []).append(one.row.label)
     lines = [
-        f"{' and '.join(map(str, steps))} steps, {min(minutes):.0f} to {max(minutes):.0f} minutes of training a run; "
+        f"{' and '.join(map(str, steps))} steps, {' to '.join(minutes)} minutes of training a run; "
         f"seeds {', '.join(map(str, sorted({fact['arguments']['seed'] for fact in facts})))}; "
         f"{', '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; "
         f"{_rendering(scored)} rendering. Start and trained parameters:",
