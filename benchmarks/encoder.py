@@ -1,12 +1,15 @@
 """
 Encoder: what the adapters cost beside SAM's own ViT-B, merged and not, in float32 and bfloat16, at three image sizes;
-and what a mask costs once the image is encoded. The weights of the encoder and of the prompt's fusion are random; the
-field that is rendered is a trained model's, of the same widths: of eight images the one with the median boundary.
+whether channels-last weights are faster; and what a mask costs once the image is encoded. The weights of the encoder
+and of the prompt's fusion are random; the field that is rendered is a trained model's, of the same widths: of eight
+images the one with the median boundary.
 
     python benchmarks/encoder.py
 
 About 10 minutes on two cores, of which 1024 pixels take most; 6 GB of memory.
 """
+
+import copy
 
 import torch
 from harness import Goals, as_new, finish, make_field, measure, median_first, parse_args, ratio, trained_pipeline
@@ -54,11 +57,13 @@ def measure_size(size, field, rounds, half) -> dict:
         model.add_adapter()
         model.eval()
     merged = merged.merge_and_unload()
+    channels_last = copy.deepcopy(merged).to(memory_format=torch.channels_last)
     pixels = torch.randn(1, 3, size, size)
     encoders = {
         "stock": lambda: stock(pixels).last_hidden_state,
         "unmerged": lambda: unmerged.get_image_embeddings(pixels),
         "merged": lambda: merged.get_image_embeddings(pixels),
+        "channels-last": lambda: channels_last.get_image_embeddings(pixels.to(memory_format=torch.channels_last)),
     }
 
     def in_bfloat16(function):
@@ -78,6 +83,7 @@ def measure_size(size, field, rounds, half) -> dict:
 
     times = measure({**encoders, "box": answer_a_box, "image to mask": image_to_mask}, rounds)
     ratios = {f"{name}_over_stock": ratio(times[name], times["stock"]) for name in ("merged", "unmerged", "box")}
+    ratios["channels_last_over_merged"] = ratio(times["channels-last"], times["merged"])
     ratios["image_to_mask_over_stock"] = ratio(times["image to mask"], times["stock"])
     if half:
         times |= measure({f"{name}, bf16": lambda f=f: in_bfloat16(f) for name, f in encoders.items()}, rounds=1)
@@ -88,7 +94,7 @@ def measure_size(size, field, rounds, half) -> dict:
 def plot(rows) -> Figure:
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
-    names = ("stock", "merged", "unmerged", "stock, bf16", "merged, bf16", "unmerged, bf16", "image to mask", "box")
+    names = ("stock", "merged", "channels-last", "unmerged", "stock, bf16", "merged, bf16", "image to mask", "box")
     width = 0.8 / len(names)
     for index, name in enumerate(names):
         measured = [(position, row) for position, row in enumerate(rows) if name in row]

@@ -128,7 +128,7 @@ def matrix_products() -> Callable[[], object]:
 MATRIX_PRODUCTS_FLOPS = 20 * 2 * TILE_POINTS * 1024 * 512
 
 
-def trained_pipeline(args: argparse.Namespace) -> tuple[IMedSamPipeline, Examples, str]:
+def trained_pipeline(args: argparse.Namespace, num_images: int | None = 8) -> tuple[IMedSamPipeline, Examples, str]:
     """
     A model whose fields have the paper's widths, images that it has not seen, and what both are: with IMEDSAM_DATA the
     medical start point fine-tuned on Kvasir-Sessile, and validation images; without it, and in quick runs, a small
@@ -147,7 +147,7 @@ def trained_pipeline(args: argparse.Namespace) -> tuple[IMedSamPipeline, Example
         flags += f"--num_warmup_steps 20 {FIELD_TRAINING.format(epochs=epochs)}"
     if args.model is None:
         train_once([*flags.split(), "--model_name_or_path", start, "--dataset_name", dataset, "--output_dir", folder])
-    examples = load_examples(dataset, "validation", num_images=8, image_size=384)
+    examples = load_examples(dataset, "validation", num_images=num_images, image_size=384)
     pipeline = IMedSamPipeline.from_pretrained(args.model or folder)
     if (mode := pipeline.processor.image_processor.resize_mode) != "stretch":
         raise SystemExit(f"Expected a model whose square is the image, resize_mode stretch, got {mode}: give another.")

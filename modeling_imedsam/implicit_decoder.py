@@ -117,8 +117,7 @@ class CoarseField(nn.Module):
 
     def forward(self, points: Tensor, prompt: Tensor) -> Tensor:
         """Points (R, N, C) and the prompts' part of the first layer (R, D) -> hidden vectors (R, N, D)."""
-        own = cast(HiddenLinear, self.layers[0]).weight[:, : points.shape[-1]]
-        hidden = F.linear(points, own).add_(prompt[:, None])
+        hidden = cast(HiddenLinear, self.layers[0]).first(points, prompt[0] if len(prompt) == 1 else prompt[:, None])
         hidden = F.relu(self.norms[0](hidden), inplace=True)
         for layer, norm in zip(self.layers[1:], self.norms[1:], strict=True):
             hidden = F.relu(norm(layer(hidden)), inplace=True)
@@ -150,8 +149,8 @@ class FineField(nn.Module):
             Logits, (K,).
         """
         inputs = torch.cat([points, coarse_features], dim=-1)
-        own = cast(HiddenLinear, self.layers[0]).weight[:, : inputs.shape[-1]]
-        hidden = F.relu(F.linear(inputs, own).add_(prompt[rows]), inplace=True)
+        prompt = prompt[0] if len(prompt) == 1 else prompt.index_select(0, rows)
+        hidden = F.relu(cast(HiddenLinear, self.layers[0]).first(inputs, prompt), inplace=True)
         for layer in self.layers[1:]:
             hidden = F.relu(layer(hidden), inplace=True)
         return self.head_out(F.relu(self.head_hidden(hidden, classes)), classes)[:, 0]
@@ -163,6 +162,16 @@ class HiddenLinear(nn.Linear):
     def last(self, inputs: Tensor) -> Tensor:
         """What the last ones of the inputs, and the bias, add to the outputs: (..., at most all) -> (..., outputs)."""
         return F.linear(inputs, self.weight[:, -inputs.shape[-1] :], self.bias)
+
+    def first(self, inputs: Tensor, rest: Tensor) -> Tensor:
+        """
+        The outputs for the first ones of the inputs, (..., at most all), and what `last` gave for the rest: (outputs,)
+        if all share it.
+        """
+        weight = self.weight[:, : inputs.shape[-1]]
+        if rest.ndim == 1:
+            return F.linear(inputs, weight, rest.to(weight.dtype))  # one pass over the outputs less
+        return F.linear(inputs, weight).add_(rest)
 
 
 class ClassLinear(nn.Module):

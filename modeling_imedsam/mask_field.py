@@ -102,12 +102,12 @@ class MaskField(ABC):
         return self.values(coordinates).uncertainty
 
     def __call__(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and uncertainty at (B, P, N, 2) points (x, y) in [-1, 1]; (B, P, M, N) each."""
-        shapes = [(self.batch_size, prompts) for prompts in (self.num_prompts, 1)]
+        """Logits and uncertainty at points (x, y) in [-1, 1], shaped as for `values`; (B, P, M, N) each."""
+        shapes = [(self.batch_size, self.num_prompts), (self.batch_size, 1), (1, 1)]
         if coordinates.ndim != 4 or coordinates.shape[-1] != 2 or tuple(coordinates.shape[:2]) not in shapes:
             raise ValueError(
-                f"Expected coordinates of shape (B, P, N, 2) with (B, P) = {shapes[0]}, or P = 1 for the same points "
-                f"of every prompt, got {tuple(coordinates.shape)}."
+                f"Expected coordinates of shape (B, P, N, 2) with (B, P) = {shapes[0]}, or {shapes[1]} or {shapes[2]} "
+                f"for the same points of every prompt, got {tuple(coordinates.shape)}."
             )
         values = self.values(coordinates)
         return values.logits, values.uncertainty
@@ -128,9 +128,10 @@ class MaskField(ABC):
 
 class ImplicitMaskField(MaskField):
     """
-    The coarse and fine fields of the implicit decoder. The prompts' part of the first layers is multiplied when a
-    field is made; its threshold, and with it the values where adaptive rendering begins, is taken when it is first
-    used. After a change of the weights or of the precision, get a new field.
+    The coarse and fine fields of the implicit decoder. The prompts' part of the first layers is multiplied, and the
+    rows of the coarse logits are taken, when a field is made; its threshold, and with it the values where adaptive
+    rendering begins, is taken when it is first used. After a change of the weights or of the precision, get a new
+    field.
 
     Args:
         decoder: the networks.
@@ -159,6 +160,8 @@ class ImplicitMaskField(MaskField):
         self.decoder, self.config = decoder, config
         self.features, self.prompt, self.frame, self.classes = features, prompt, frame, classes
         self.coarse_part, self.fine_part = decoder.prompt_parts(prompt)
+        head = decoder.coarse.head
+        self.coarse_head = head.weight[:, 0][classes], head.bias[:, 0][classes]  # of the logits, (R, M, D) and (R, M)
         self.selects_on_the_grid = config.selection == "top_k" and decoder.fine is not None
         self._threshold: Tensor | None = None
         self._lattice: Tensor | None = None
@@ -282,16 +285,11 @@ class ImplicitMaskField(MaskField):
         encoded = self.decoder.encode(points, self.features, self.frame)
         return encoded, self.decoder.coarse(encoded, self.coarse_part)
 
-    def _head(self) -> tuple[Tensor, Tensor]:
-        """Weights (R, M, D) and biases (R, M) of the coarse logits."""
-        head = self.decoder.coarse.head
-        return head.weight[:, 0][self.classes], head.bias[:, 0][self.classes]
-
     def _coarse_logits(self, hidden: Tensor) -> Tensor:
         """Of hidden vectors (R, N, D), (R, M, N), in float32 at least."""
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = at_least_float32(hidden)
-            weight, bias = (values.to(hidden.dtype) for values in self._head())
+            weight, bias = (values.to(hidden.dtype) for values in self.coarse_head)
             return weight @ hidden.transpose(1, 2) + bias[..., None]
 
     @torch.no_grad()
@@ -299,7 +297,7 @@ class ImplicitMaskField(MaskField):
         """Of hidden vectors (R, N, D) before dropout and their logits, (R, M, N), in float32 at least."""
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = at_least_float32(hidden)
-            weight, bias = (values.to(hidden.dtype) for values in self._head())
+            weight, bias = (values.to(hidden.dtype) for values in self.coarse_head)
             if self.config.uncertainty == "monte_carlo":
                 masks = dropout_masks(
                     self.config.monte_carlo_samples, hidden.shape[-1], self.config.dropout, hidden.device, hidden.dtype
@@ -310,9 +308,10 @@ class ImplicitMaskField(MaskField):
     def _refine(self, fine: FineField, encoded: Tensor, hidden: Tensor, coarse: Tensor, selected: Tensor) -> Tensor:
         """The fine field's logits where `selected` (R, M, N), the coarse ones elsewhere."""
         rows, masks, points = selected.nonzero(as_tuple=True)
-        classes = self.classes[rows, masks]
-        coarse_features = self.decoder.coarse.head(hidden[rows, points], classes, slice(1, None))
-        refined = fine(encoded[rows, points], coarse_features, self.fine_part, rows, classes)
+        classes, numbers = self.classes[rows, masks], rows * selected.shape[-1] + points
+        encoded, hidden = (vectors.flatten(0, 1).index_select(0, numbers) for vectors in (encoded, hidden))
+        coarse_features = self.decoder.coarse.head(hidden, classes, slice(1, None))
+        refined = fine(encoded, coarse_features, self.fine_part, rows, classes)
         return coarse.index_put((rows, masks, points), refined.to(coarse.dtype))
 
 

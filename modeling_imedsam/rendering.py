@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RENDER_MODES = ("exact", "adaptive")
 # Points times prompts that are evaluated at once: on a CPU few enough for their hidden vectors to stay in its cache,
 # on an accelerator enough to keep it busy.
-TILE_POINTS = 2048
+TILE_POINTS = 4096
 ACCELERATOR_TILE_POINTS = 65536
 # Prompts, and pixels of all of them, that are rendered at once: what is kept beside the result does not grow with the
 # number of prompts.
@@ -33,14 +33,13 @@ PIXELS_AT_ONCE = 2**22
 # Adaptive rendering begins with so many points along each side.
 FIRST_LATTICE = 32
 # A cell of it is decided if its corners have one sign and the smallest logit is larger than so many times their range;
-# a finer cell if that logit is larger than the error that interpolation had at its corners.
-MARGIN = 1.0
+# a part of a cell, by interpolated corners, if that logit is larger than the error of interpolation at the whole's.
+MARGIN = 0.5
 # ... and if the variance of the probability, at most 0.25, differs by less than this between them.
 UNCERTAINTY_TOLERANCE = 0.05
-# How far around a pixel that interpolation had on the wrong side others are evaluated at once, in pixels.
-LONGEST_REACH = 8
-# The cells in a prompt's frame are split until so many lie along its shorter side.
-FRAME_CELLS = 16
+# The cells in a prompt's frame are split until so many lie along its shorter side: what holds 1.5 of them, an eighth
+# of the side, is always found.
+FRAME_CELLS = 12
 
 
 @dataclass
@@ -50,7 +49,8 @@ class RenderedMasks:
 
     Args:
         logits: foreground where positive.
-        coarse_logits: the coarse field's alone.
+        coarse_logits: the coarse field's alone. Adaptive rendering does not follow their boundary, where that is not
+            the mask's.
         uncertainty: variance of the probability.
         num_points: points at which values were asked for, of all images and prompts; those of the lattice on which the
             threshold is taken, which every rendering needs, are not among them.
@@ -86,9 +86,9 @@ def render(
         mode: "exact": every pixel. "adaptive": a lattice of 32 x 32 points first (or, of the whole image, of
             `config.selection_lattice` if that is more), then the pixels near a boundary; all other values are
             interpolated. A structure that holds an ellipse of 1.5 / 32 of the grid's height and width is never missed,
-            nor, within the frame of the prompt, a disk of 1.5 / 16 of its shorter side (or of 1.5 pixels). Adaptive by
-            default, but exact for a field that ranks the grid's pixels (`selection="top_k"`), and for a grid with a
-            side of 32 pixels or fewer.
+            nor, within the frame of the prompt, a disk of an eighth of its shorter side (or of 1.5 pixels). Adaptive
+            by default, but exact for a field that ranks the grid's pixels (`selection="top_k"`), and for a grid with
+            a side of 32 pixels or fewer.
     """
     if mode is None:
         mode = "exact" if field.selects_on_the_grid else "adaptive"
@@ -111,7 +111,7 @@ def render(
         # A tensor of its own for each map, so that who keeps one of them does not keep all.
         maps = maps or [v.new_empty(field.batch_size * field.num_prompts, *v.shape[1:]) for v in values]
         for whole, value in zip(maps, values, strict=True):
-            whole[rows] = value
+            whole[rows[0] : rows[-1] + 1] = value
         num_points += points
     logits, coarse_logits, uncertainty = (whole.unflatten(0, (field.batch_size, -1)) for whole in maps or ())
     return RenderedMasks(logits, coarse_logits, uncertainty, num_points)
@@ -208,13 +208,16 @@ class _Lattice:
         # The cells of the first values, and half a one along each edge; a finer cell meets those of its corners.
         padded = F.pad(first.flatten(0, 1), (1, 1, 1, 1), mode="replicate").unflatten(0, first.shape[:2])
         corners = padded.unfold(3, 2, 1).unfold(4, 2, 1).flatten(5).transpose(1, 2)
-        around = _are_undecided(corners)[:, (i + 0.5).long()][:, :, (j + 0.5).long()]  # (R, h, w)
-        down, across = self._meet_small_frames(max(length / first.shape[-1] for length in size))
-        cells = down[:, :-1, None] & across[:, None, :-1]
+        low, high = corners[0].aminmax(dim=-1)
+        undecided = _are_undecided(corners, MARGIN * (high - low))
+        around = undecided[:, (i + 0.5).long()][:, :, (j + 0.5).long()]  # (R, h, w)
+        spacing = max(length / first.shape[-1] for length in size)
+        undecided = self._meet_small_frames(torch.arange(self.known.numel(), device=field.device), spacing)
+        undecided = undecided.view_as(self.known)
         for part in (around[:, :-1], around[:, 1:]):
-            cells |= part[:, :, :-1] | part[:, :, 1:]
-        cells = F.pad(cells, (0, 1, 0, 1)).flatten().nonzero()[:, 0]
-        self.undecided = self._refine(cells)
+            undecided[:, :-1, :-1] |= part[:, :, :-1] | part[:, :, 1:]
+        undecided[:, -1], undecided[:, :, -1] = False, False  # these points begin no cell
+        self._refine(undecided.flatten().nonzero()[:, 0])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -223,9 +226,9 @@ class _Lattice:
         return len(self.region), height, width
 
     def split(self) -> None:
-        """Halves the stride: interpolates between the points, then refines what was undecided."""
-        rows, i, j = self._unravel(self.undecided)
-        self.stride //= 2
+        """Halves the stride: interpolates between the points, then refines what that leaves undecided."""
+        rows, i, j = self._unravel(self.cells)
+        spacing, self.stride = self.stride, self.stride // 2
         _, height, width = self.shape
         finer = [2 * length - 1 for length in self.values.shape[-2:]]
         values = F.interpolate(self.values.flatten(0, 1), finer, mode="bilinear", align_corners=True)
@@ -233,53 +236,71 @@ class _Lattice:
         known = self.known.new_zeros(self.shape)
         known[:, ::2, ::2] = self.known[:, : -(-height // 2), : -(-width // 2)]
         self.known = known
-        self.undecided = self._refine(self._cells_at(rows, 2 * i, 2 * j, (0, 1)))
+        # Each cell's four parts.
+        i, j = 2 * i[:, None] + i.new_tensor([0, 0, 1, 1]), 2 * j[:, None] + j.new_tensor([0, 1, 0, 1])
+        exist = (i < height - 1) & (j < width - 1)
+        cells = ((rows[:, None] * height + i) * width + j)[exist]
+        # Pixels that the boundary does not touch stay interpolated, however wrong that may be.
+        errors = self.errors if self.stride > 1 else torch.zeros_like(self.errors)
+        undecided = _are_undecided(self._values_at(cells), errors[:, exist.nonzero()[:, 0]])
+        self._refine(cells[undecided | self._meet_small_frames(cells, spacing)])
 
-    def _refine(self, cells: Tensor) -> Tensor:
+    def _refine(self, cells: Tensor) -> None:
         """
-        Evaluates the corners of some cells. Returns the cells to split: the undecided ones, and those around every
-        point where interpolation had the wrong sign. Cells of one pixel cannot be split: there the corners of those
-        around are evaluated in turn, and so on along the boundary, in strides that grow from round to round. In the
-        end the corners of every cell that a boundary crosses have been evaluated.
+        Evaluates the corners of some cells. Their parts are looked at next, and those of the cells around each point
+        where interpolation had the wrong sign.
         """
-        reach = 1
+        errors, turned = self._evaluate_corners(cells)
+        around = self._cells_around(turned)
+        if self.stride == 1:
+            self._follow(around)
+            return
+        around = around[~torch.isin(around, cells)]
+        # How far interpolated logits were off at the corners of each cell, (M, K).
+        self.cells, self.errors = torch.cat([cells, around]), F.pad(errors, (0, len(around)))
+
+    def _follow(self, cells: Tensor) -> None:
+        """
+        Evaluates the corners of those of some cells of one pixel that are undecided, of those around each that turns
+        out to be on the other side, and so on: in the end all corners of every cell that a boundary crosses have been
+        evaluated.
+        """
         while len(cells):
-            corners = self._corners(cells)
-            unknown = ~self.known.view(-1)[corners]
-            points, index = corners[unknown].unique(return_inverse=True)
-            interpolated, values = self.values.flatten(2)[..., points], self._evaluate(points)
-            self.values.flatten(2)[..., points], self.known.view(-1)[points] = values, True
-            turned = points[((values > 0) != (interpolated > 0))[:2].flatten(0, 1).any(dim=0)]
-            around = self._cells_at(*self._unravel(turned), range(-reach, reach))
-            if self.stride > 1:
-                errors = values.new_zeros(values.shape[1], *corners.shape)  # of either field's logits, (M, K, 4)
-                errors[:, unknown] = (values - interpolated)[:2].abs().amax(dim=0)[:, index]
-                undecided = _are_undecided(self.values.flatten(2)[..., corners], errors.amax(dim=-1))
-                rows, i, j = self._unravel(cells)
-                down, across = self._meet_small_frames(self.stride)
-                undecided |= down[rows, i] & across[rows, j]
-                return torch.cat([cells[undecided], around[~torch.isin(around, cells)]])
-            cells = around[~self.known.view(-1)[self._corners(around)].all(dim=-1)]
-            reach = min(2 * reach, LONGEST_REACH)
-        return cells
+            cells = cells[~self.known.view(-1)[self._corners(cells)].all(dim=-1)]
+            cells = cells[_are_undecided(self._values_at(cells), 0.0)]
+            cells = self._cells_around(self._evaluate_corners(cells)[1])
 
-    def _meet_small_frames(self, spacing: float) -> tuple[Tensor, Tensor]:
+    def _evaluate_corners(self, cells: Tensor) -> tuple[Tensor, Tensor]:
         """
-        The rows (R, h) and columns (R, w) of cells that meet the prompts' frames, of those frames along whose shorter
-        side fewer than 16 points lie that are so many pixels apart.
+        Evaluates the corners of K cells that are not known yet. Returns how far interpolated logits were off there at
+        most, (M, K), and the points where one of them had the wrong sign.
         """
-        rows, height, width = self.shape
+        corners = self._corners(cells)
+        unknown = ~self.known.view(-1)[corners]
+        points, index = corners[unknown].unique(return_inverse=True)
+        errors = self.values.new_zeros(self.values.shape[1], *corners.shape)
+        if not len(points):
+            return errors.amax(dim=-1), points
+        interpolated, values = self.values.flatten(2)[..., points], self._evaluate(points)
+        self.values.flatten(2)[..., points], self.known.view(-1)[points] = values, True
+        errors[:, unknown] = (values - interpolated)[0].abs()[:, index]
+        turned = ((values > 0) != (interpolated > 0))[0].any(dim=0)
+        return errors.amax(dim=-1), points[turned]
+
+    def _meet_small_frames(self, cells: Tensor, spacing: float) -> Tensor:
+        """
+        Which of some cells meet their prompt's frame, if too few points that are so many pixels apart lie along its
+        shorter side.
+        """
         if self.field.frame is None:
-            return self.known.new_zeros(rows, height), self.known.new_zeros(rows, width)
+            return torch.zeros_like(cells, dtype=torch.bool)
         pixels = self.region.new_tensor(self.size[::-1]) / (self.region[:, 2:] - self.region[:, :2])
         centre, half_size = self.field.frame.to(self.region.dtype).split(2, dim=-1)
         low, high = ((edge - self.region[:, :2]) * pixels for edge in (centre - half_size, centre + half_size))
-        small = spacing * FRAME_CELLS > (high - low).amin(dim=-1, keepdim=True)
-        meets = []
-        for axis, length in ((1, height), (0, width)):
-            first = torch.arange(length, device=low.device) * self.stride + 0.5
-            meets.append(small & (first < high[:, axis, None]) & (first + self.stride > low[:, axis, None]))
-        return meets[0], meets[1]
+        small = spacing * FRAME_CELLS > (high - low).amin(dim=-1)
+        rows, i, j = self._unravel(cells)
+        first = torch.stack([j, i], dim=-1) * self.stride + 0.5
+        return small[rows] & ((first < high[rows]) & (first + self.stride > low[rows])).all(dim=-1)
 
     def _evaluate(self, points: Tensor) -> Tensor:
         """The field at K points, in ascending order: (3, M, K)."""
@@ -288,18 +309,22 @@ class _Lattice:
         places = torch.stack([j, i], dim=-1) * self.stride + 0.5
         return evaluate_points(self.field, rows, to_coordinates(places, self.size, self.region[rows]))
 
+    def _values_at(self, cells: Tensor) -> Tensor:
+        """At the corners of K cells: (3, M, K, 4)."""
+        return self.values.flatten(2)[..., self._corners(cells)]
+
     def _corners(self, cells: Tensor) -> Tensor:
         """(K,) -> (K, 4)."""
         width = self.shape[2]
-        return cells[:, None] + torch.tensor([0, 1, width, width + 1], device=cells.device)
+        return cells[:, None] + cells.new_tensor([0, 1, width, width + 1])
 
-    def _cells_at(self, rows: Tensor, i: Tensor, j: Tensor, steps: Sequence[int]) -> Tensor:
-        """The cells with first corners so many steps from some points along each axis, each once."""
+    def _cells_around(self, points: Tensor) -> Tensor:
+        """The cells that some points are corners of, each once."""
         _, height, width = self.shape
-        shifts = torch.tensor(steps, device=rows.device)
-        i, j = torch.broadcast_tensors((i[:, None] + shifts)[..., None], (j[:, None] + shifts)[:, None])
-        exists = (i >= 0) & (i < height - 1) & (j >= 0) & (j < width - 1)
-        return ((rows[:, None, None] * height + i) * width + j)[exists].unique()
+        rows, i, j = (numbers[:, None] for numbers in self._unravel(points))
+        i, j = i - i.new_tensor([1, 1, 0, 0]), j - j.new_tensor([1, 0, 1, 0])
+        exist = (i >= 0) & (i < height - 1) & (j >= 0) & (j < width - 1)
+        return ((rows * height + i) * width + j)[exist].unique()
 
     def _unravel(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row, i and j."""
@@ -307,21 +332,21 @@ class _Lattice:
         return numbers // (height * width), numbers // width % height, numbers % width
 
 
-def _are_undecided(corners: Tensor, error: Tensor | None = None) -> Tensor:
+def _are_undecided(corners: Tensor, error: Tensor | float) -> Tensor:
     """
     Whether the boundary of a mask passes through each cell, or may, or the uncertainty changes much.
 
     Args:
         corners: (3, M, ..., 4), the values at its corners.
-        error: (M, ...), how far from the field interpolation was there; by default `MARGIN` times the logits' range.
+        error: (M, ...), how far from the field's their logits may be.
 
     Returns:
         (...).
     """
-    logits, coarse, uncertainty = corners
+    logits, _, uncertainty = corners
     low, high = logits.aminmax(dim=-1)
-    close = torch.minimum(low.abs(), high.abs()) < (MARGIN * (high - low) if error is None else error)
-    crossed = ((low <= 0) & (high > 0)) | ((coarse.amin(dim=-1) <= 0) & (coarse.amax(dim=-1) > 0))
+    crossed = (low <= 0) & (high > 0)
+    close = torch.minimum(low.abs(), high.abs()) < error
     steep = uncertainty.amax(dim=-1) - uncertainty.amin(dim=-1) > UNCERTAINTY_TOLERANCE
     return (crossed | close | steep).any(dim=0)
 
@@ -339,6 +364,9 @@ def evaluate_points(field: MaskField, rows: Tensor, coordinates: Tensor) -> Tens
     """
     counts = rows.bincount(minlength=field.batch_size * field.num_prompts)
     starts, lengths, values, places = counts.cumsum(0) - counts, counts.tolist(), [], []
+    if len(set(lengths)) == 1:  # as with one prompt: nothing to pad
+        points = coordinates.unflatten(0, (field.batch_size, field.num_prompts, -1))
+        return _evaluate(field, points).flatten(1, 2).transpose(1, 2).flatten(2)
     # Prompts whose numbers of points differ by less than a factor of 2 go together, padded to the largest.
     for size in {length.bit_length() for length in lengths} - {0}:
         group = torch.tensor([r for r, n in enumerate(lengths) if n.bit_length() == size], device=rows.device)
@@ -359,8 +387,9 @@ def _evaluate(field: MaskField, coordinates: Tensor) -> Tensor:
 
 
 def split_in_tiles(coordinates: Tensor, prompts: int = 1) -> tuple[Tensor, ...]:
-    """(..., N, 2), which so many prompts are asked for, in parts of bounded memory."""
-    return coordinates.split(_tile_length(coordinates.device, prompts), dim=-2)
+    """(..., N, 2), which so many prompts are asked for, in equal parts of bounded memory."""
+    tiles = math.ceil(coordinates.shape[-2] / _tile_length(coordinates.device, prompts))
+    return coordinates.chunk(tiles, dim=-2)
 
 
 def _tile_length(device: torch.device, prompts: int) -> int:

@@ -296,6 +296,18 @@ def test_a_value_depends_on_its_point_alone(make_field, monkeypatch):
 def test_points_shared_by_the_prompts(make_field):
     field, points = make_field(), random_points(20, prompts=1)
     assert_close(field(points)[0], field(points.expand(-1, 3, -1, -1))[0], rtol=0, atol=0)
+    assert_close(field(points[:1])[0], field(points[:1].expand(2, 3, -1, -1))[0], rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompts", [1, 6])
+def test_a_field_made_in_half_precision_answers_in_full(make_field, prompts):
+    points = random_points(20)[:1, :1]
+    rows = torch.arange(prompts)
+    with torch.autocast("cpu", torch.bfloat16):
+        field = make_field().at(rows)
+    expected = make_field().at(rows)(points)[0]
+    assert_close(field(points)[0], expected, atol=0.05, rtol=0.05)
 
 
 @torch.no_grad()
