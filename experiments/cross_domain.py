@@ -18,6 +18,7 @@ TABLES = (
         (("cvc_clinicdb", "test"),),
         reference="I-MedSAM",
         columns=SESSILE.columns,
+        compared=SESSILE.compared,
         about="Intervals resample the 29 sequences, not the frames.",
     ),
 )

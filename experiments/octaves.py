@@ -3,7 +3,7 @@ Octaves of the Fourier features of a point's position in the image.
 
     python experiments/octaves.py [--test]
 
-Cost: 1 run of its own. Expected: 10, the paper's value, no worse than 8.
+Cost: 1 run of its own, at most 25 minutes. Expected: 10, the paper's value, no worse than 8; Dice 88.
 """
 
 from runner import main

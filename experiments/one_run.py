@@ -4,6 +4,7 @@ process of its own, which makes its peak memory the run's.
 """
 
 import json
+import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,7 +69,7 @@ def carry_out(task: Task) -> None:
 def score_all_floors(task: Task) -> None:
     for scoring in missing_scores(task.scorings, task.results / "floors"):
         _, folder = prepare(task, Run(data=scoring.data), scoring.data)
-        floors = score_floors(open_examples(folder, scoring.data, scoring.split))
+        floors = score_floors(open_examples(folder, scoring.data, scoring.split), scoring)
         write_scores(task.results / "floors" / f"{scoring.name}.json", floors)
 
 
@@ -163,11 +164,21 @@ def gather_facts(run: Run, report: dict) -> dict:
     best = next(row for row in scored if row["epoch"] == report["best_epoch"])
     return {
         "run": run.name,
+        "commit": describe_commit(),
         **{key: report[key] for key in keys},
         "arguments": {key: v for key, v in report["arguments"].items() if key not in MACHINE_DEPENDENT},
         "validation_dice": {row["epoch"] + 1: round(row["validation"]["dice"], 4) for row in scored},
         "frequency_ratio": [round(ratio, 5) for ratio in best["frequency_ratio"]],
     }
+
+
+def describe_commit() -> str | None:
+    """Of this repository, "-dirty" where something was changed since; None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
 
 
 def write_scores(path: Path, content: dict) -> None:

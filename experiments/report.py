@@ -38,6 +38,7 @@ METRICS = {
     "ece": ("ECE", 100),
     "brier": ("Brier", 100),
     "uncertainty_auroc": ("AUROC of errors", 100),
+    "confidence_auroc": ("the same by p alone", 100),
 }
 
 
@@ -83,7 +84,7 @@ def write_table(table: Table, results: Path, images: Path) -> list[str]:
     sections = []
     for data, split in table.parts(test=True):
         scored = [one for row in table.rows if (one := read_row(row, table.scoring(row, data, split), results))]
-        if not any(one.facts for one in scored):
+        if not says_something(table, scored):
             continue
         path = images / f"{table.name}-{data.replace(':', '_')}-{split}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,10 +97,18 @@ def write_table(table: Table, results: Path, images: Path) -> list[str]:
     return sections
 
 
+def says_something(table: Table, scored: Sequence[Scored]) -> bool:
+    """Whether there is a trained row beside the reference, and along an axis at more than one place."""
+    trained = [one for one in scored if one.facts]
+    if table.x and len({one.row.x for one in trained}) < 2:
+        return False
+    return any(one.row.label == table.reference for one in trained) and len(trained) > 1
+
+
 def read_row(row: Row, scoring: Scoring, results: Path) -> Scored | None:
     """None unless all of the row's runs have been scored, exactly rendered or, where that is missing, adaptively."""
     if row.floor is not None:
-        path = results / "floors" / f"{Scoring(scoring.data, scoring.split).name}.json"
+        path = results / "floors" / f"{scoring.name}.json"
         tables = [json.loads(path.read_text())[row.floor]] if path.exists() else []
     else:
         exact, adaptive = (
@@ -124,15 +133,16 @@ def read_row(row: Row, scoring: Scoring, results: Path) -> Scored | None:
 
 
 def markdown(table: Table, scored: Sequence[Scored], data: str) -> str:
-    first = METRICS[table.columns[0]][0]
     titles = [METRICS[metric][0] for metric in table.columns]
-    heads = ["", "runs", *titles, f"{first}, difference", "trained", "s / image", "memory (GB)"]
+    differences = [f"{METRICS[metric][0]}, difference" for metric in table.compared]
+    heads = ["", "runs", *titles, *differences, "trained", "s / image", "training (GB)"]
     lines = [" | ".join(["", *heads, ""]).strip(), "|---|" + "---:|" * (len(heads) - 1)]
     by_label = {one.row.label: one for one in scored}
     for one in scored:
         cells = [one.row.label, str(len(one.facts) or ""), *(average(one, metric) for metric in table.columns)]
         reference = by_label.get(one.row.against or table.reference)
-        cells.append("" if reference in (None, one) else difference(one, reference, table.columns[0], data))
+        for metric in table.compared:
+            cells.append("" if reference in (None, one) else difference(one, reference, metric, data))
         lines.append("| " + " | ".join([*cells, *cost(one)]) + " |")
     return "\n".join(lines)
 
@@ -169,14 +179,19 @@ def cost(one: Scored) -> list[str]:
     memory = fact["peak_memory"] or {}
     peak = memory.get("gpu") or memory.get("process")
     trained = f"{sum(fact['trainable_parameters'].values()) / 1e6:.2f} M"
-    return [trained, f"{fact['seconds_per_image']:.2f}", "" if peak is None else f"{peak / 1e9:.1f}"]
+    alone = fact["side_by_side"] == 1  # what was timed beside others says nothing
+    seconds = f"{fact['seconds_per_image']:.2f}" if alone else ""
+    return [trained, seconds, "" if peak is None else f"{peak / 1e9:.1f}"]
 
 
 def details(scored: Sequence[Scored]) -> str:
-    """Hardware, steps, time, seeds, and what each row has trained."""
+    """Hardware, precision, steps, time, seeds, and what each row has trained."""
     facts = [fact for one in scored for fact in one.facts]
     machines = sorted({fact["machine"]["gpu"] or f"{fact['machine']['processor']}" for fact in facts})
     steps = sorted({fact["arguments"]["max_train_steps"] for fact in facts})
+    epochs = sorted({fact["arguments"]["num_train_epochs"] for fact in facts})
+    precisions = sorted({fact["arguments"]["mixed_precision"] or "as the machine has it" for fact in facts})
+    together = sorted({fact["side_by_side"] for fact in facts})
     seconds = [fact["seconds"] for fact in facts]
     minutes = dict.fromkeys(f"{time / 60:.0f}" for time in (min(seconds), max(seconds)))
     dates = sorted({fact["date"][:10] for fact in facts})
@@ -186,7 +201,9 @@ def details(scored: Sequence[Scored]) -> str:
             parts = ", ".join(f"{name} {count:,}" for name, count in one.facts[0]["trainable_parameters"].items())
             trained.setdefault(f"{one.facts[0]['start']}; {parts}", []).append(one.row.label)
     lines = [
-        f"{' and '.join(map(str, steps))} steps, {' to '.join(minutes)} minutes of training a run; "
+        f"{' and '.join(map(str, steps))} steps ({' to '.join(map(str, dict.fromkeys((epochs[0], epochs[-1]))))} "
+        f"epochs), {' to '.join(minutes)} minutes of training a run, {' and '.join(map(str, together))} side by side; "
+        f"precision {' and '.join(precisions)}; "
         f"seeds {', '.join(map(str, sorted({fact['arguments']['seed'] for fact in facts})))}; "
         f"{', '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; "
         f"{_rendering(scored)} rendering. Start and trained parameters:",
@@ -251,8 +268,9 @@ def hygiene(results: Path) -> str:
     dropped: dict[str, dict[str, int]] = {}
     for path in sorted(results.glob("*/run.json")):
         fact = json.loads(path.read_text())
-        data = fact["run"].partition("-medical")[0].partition("-imagenet")[0]
+        data = fact["run"].partition("-medical")[0].partition("-imagenet")[0].partition("-fold")[0]
         dropped[data] = {split: len(names) for split, names in fact["dropped"].items()}
+    dropped = {data: splits for data, splits in dropped.items() if splits}  # phantoms have none
     if dropped:
         lines += ["", "| left out | validation | test |", "|---|---:|---:|"]
         lines += [f"| {name} | {n.get('validation', 0)} | {n.get('test', 0)} |" for name, n in dropped.items()]

@@ -1,12 +1,13 @@
 """
 Does a continuous field give finer masks than logits that are upsampled? Trained and fed at 128, 192 and 384 pixels,
 masks are rendered at the images' own size, beside (a) the same model's logits on its own square, interpolated
-bilinearly, and (b) SAM's decoder, whose grid is coarser still. Phantoms have exact truth at 896 pixels.
+bilinearly, and (b) SAM's decoder, with the box as a mask prompt too, whose grid is coarser still. Phantoms have exact
+truth at 896 pixels.
 
     python experiments/resolution.py [--test]
 
-Cost: 6 runs of its own, cheaper than others. Expected: if the claim holds, NSD at a pixel above (a)
-and (b), most at 128; it may fail. The paper's Dice at 128 and 896 pixels, 91.5 and 91.3, is near that at 384.
+Cost: 6 runs of its own, at most 25 minutes each. Expected: if the claim holds, NSD at a pixel above (a) and (b), most
+at 128; it may fail. The paper's Dice at 128 and 896 pixels, 91.5 and 91.3, is near that at 384.
 """
 
 from runner import main
@@ -14,13 +15,14 @@ from runs import Row, Run, Table, changes
 
 SIZES = (128, 192, 384)
 COLUMNS = ("nsd", "hd95", "asd", "dice")
+COMPARED = ("nsd", "hd95")
 
 
 def rows(data: str, sizes: tuple[int, ...]) -> tuple[Row, ...]:
     made = []
     for size in sizes:
         flags = f"--image_size {size}"
-        ours, sam = Run(data=data, flags=flags), Run("sam_decoder", data=data, flags=flags)
+        ours, sam = Run(data=data, flags=flags), Run("sam_decoder_box_mask", data=data, flags=flags)
         field = f"{size}: field"
         made += [
             Row(field, (ours,), x=size, series="field"),
@@ -52,6 +54,7 @@ TABLES = (
         (("kvasir_sessile", "validation"), ("kvasir_sessile", "test"), ("cvc_clinicdb", "test")),
         reference="384: field",
         columns=COLUMNS,
+        compared=COMPARED,
         x="side of the model's square",
     ),
     Table(
@@ -61,6 +64,7 @@ TABLES = (
         (("busi", "validation"), ("busi", "test")),
         reference="384: field",
         columns=COLUMNS,
+        compared=COMPARED,
     ),
     Table(
         "resolution_phantoms",
@@ -69,6 +73,7 @@ TABLES = (
         (("phantoms:ultrasound", "validation"), ("phantoms:ultrasound", "test")),
         reference="128: field",
         columns=COLUMNS,
+        compared=COMPARED,
     ),
     Table(
         "output_size",

@@ -31,6 +31,7 @@ from one_run import Task, missing_scores, refuse_other_results
 from runs import STARTS, Run, Scoring, Table, start_folder
 
 HERE = Path(__file__).parent
+FLOORS = "floors"  # what they are called beside the runs
 FILES = (
     "main_table",
     "pooled_folds",
@@ -72,7 +73,9 @@ def parse_args(argv: Sequence[str] | None, tables: Sequence[str]) -> argparse.Na
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(os.environ.get("IMEDSAM_DATA", "."))
     parser.add_argument("--tables", nargs="+", choices=FILES, default=list(tables))
-    parser.add_argument("--runs", nargs="+", metavar="RUN", help="Only these of them, by the names of --dry_run.")
+    parser.add_argument(
+        "--runs", nargs="+", metavar="RUN", help="Only these of them, by the names of --dry_run; floors: those."
+    )
     parser.add_argument("--test", action="store_true", help="Score test splits too.")
     parser.add_argument("--adaptive", action="store_true", help="Score masks that are rendered adaptively.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs side by side.")
@@ -95,14 +98,17 @@ def make_tasks(args: argparse.Namespace, tables: Sequence[Table]) -> list[Task]:
     wanted: dict[Run | None, list[Scoring]] = {}
     by_name: dict[str, Run] = {}
     for table in tables:
-        if any(row.floor for row in table.rows):
-            wanted.setdefault(None, []).extend(Scoring(*part) for part in table.parts(args.test))
+        for row in table.rows:
+            if row.floor:
+                wanted.setdefault(None, []).extend(table.scoring(row, *part) for part in table.parts(args.test))
         for run, scorings in table.scorings(args.test).items():
             wanted.setdefault(by_name.setdefault(run.name, run), []).extend(scorings)
     if args.runs:
-        if unknown := sorted(set(args.runs) - set(by_name)):
-            raise SystemExit(f"Expected --runs out of {', '.join(by_name)}, got {unknown[0]}.")
-        wanted = {run: scorings for run, scorings in wanted.items() if run is not None and run.name in args.runs}
+        if unknown := sorted(set(args.runs) - {FLOORS, *by_name}):
+            raise SystemExit(f"Expected --runs out of {', '.join([FLOORS, *by_name])}, got {unknown[0]}.")
+        wanted = {
+            run: scorings for run, scorings in wanted.items() if (FLOORS if run is None else run.name) in args.runs
+        }
     starts = {name: getattr(args, name) for name in STARTS}
     if args.adaptive:
         wanted = {
@@ -135,7 +141,7 @@ def is_done(task: Task) -> bool:
 
 
 def name_of(task: Task) -> str:
-    return "floors" if task.run is None else task.run.name
+    return FLOORS if task.run is None else task.run.name
 
 
 def print_plan(tables: Sequence[Table], tasks: Sequence[Task]) -> None:

@@ -139,7 +139,7 @@ class Row:
     Args:
         runs: none for a floor.
         changes: of the `Scoring`, such as {"box_jitter": 0.1}.
-        floor: "filled box" or "inscribed ellipse".
+        floor: "filled box" or "inscribed ellipse"; of the changes, the box's and the output's hold for it too.
         against: the label of the row to compare with, object by object; the table's reference by default.
         x: the number on the plot's axis, if the table has one, where `series` says which line it is on.
     """
@@ -160,7 +160,8 @@ class Table:
         name: of its plots.
         scored_on: (data set, split) each; "test" only if that is asked for.
         reference: the label of the row that the others are compared with.
-        columns: of metrics; the first is also compared, and plotted.
+        columns: of metrics; the first is plotted.
+        compared: those of them that are compared with the reference's.
         x: name of the plot's axis; without one it has a line per row.
         about: a sentence below the title.
     """
@@ -171,6 +172,7 @@ class Table:
     scored_on: tuple[tuple[str, str], ...]
     reference: str
     columns: tuple[str, ...] = ("dice", "iou", "hd", "hd95", "nsd")
+    compared: tuple[str, ...] = ("dice",)
     x: str = ""
     about: str = ""
 

@@ -38,8 +38,9 @@ def score(model: IMedSamModel, processor: IMedSamProcessor, examples: Examples, 
     return to_columns(table)
 
 
-def score_floors(examples: Examples) -> dict[str, dict[str, list]]:
-    return {name: to_columns(table) for name, table in floor_metrics(examples).items()}
+def score_floors(examples: Examples, scoring: Scoring) -> dict[str, dict[str, list]]:
+    tables = floor_metrics(examples, output_size=scoring.output_size, box_jitter=scoring.box_jitter)
+    return {name: to_columns(table) for name, table in tables.items()}
 
 
 def open_examples(folder: Path | None, data: str, split: str) -> Examples:

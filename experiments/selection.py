@@ -4,7 +4,8 @@ on the rendered grid; chosen when the model is scored, and when it is trained.
 
     python experiments/selection.py [--test]
 
-Cost: 2 runs of its own. Expected: some selection ahead of none (the paper's Table 7: 12.5 % is best).
+Cost: 2 runs of its own, at most 25 minutes each. Expected: some selection ahead of none (the paper's Table 7: 12.5 %
+is best); found: Dice 88 for all, none included.
 """
 
 from runner import main

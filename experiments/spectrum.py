@@ -3,7 +3,8 @@ What the frequency adapter is shown.
 
     python experiments/spectrum.py [--test]
 
-Cost: 4 runs of its own. Expected: amplitude ahead of phase and none (the paper's Table 6).
+Cost: 4 runs of its own, at most 25 minutes each. Expected: amplitude ahead of phase and none (the paper's Table 6);
+found: Dice 88 for all.
 """
 
 from runner import main

@@ -3,7 +3,7 @@ How many training images it takes; all rows are trained for equally many steps.
 
     python experiments/training_share.py [--test]
 
-Cost: 3 runs of its own. Expected: Dice grows with the share.
+Cost: 3 runs of its own, at most 25 minutes each. Expected: Dice grows with the share, from 83 at 10 % to 88.
 """
 
 from runner import main

@@ -69,6 +69,7 @@ def test_every_table_compares_with_rows_that_it_has():
         assert len(set(labels)) == len(labels)
         assert {table.reference, *(row.against for row in table.rows)} - {""} <= set(labels)
         assert all(metric in report.METRICS for metric in table.columns)
+        assert set(table.compared) <= set(table.columns)
         for row in table.rows:
             assert bool(row.runs) != bool(row.floor)
 
@@ -225,6 +226,19 @@ def test_a_run_leaves_its_facts_and_the_scores_of_every_object(done):
     assert floors["inscribed ellipse"]["dice"][0] > 0.9 > floors["filled box"]["dice"][0]
 
 
+def test_floors_are_those_of_the_boxes_that_a_row_has(done):
+    usual, loose = Scoring("kvasir_sessile", "validation"), Scoring("kvasir_sessile", "validation", box_jitter=0.2)
+    carry_out(replace(done, run=None, scorings=[loose]))
+    row = Row("", floor="inscribed ellipse", changes=changes(box_jitter=0.2))
+    exact, jittered = (report.read_row(row, scoring, done.results).values("dice") for scoring in (usual, loose))
+    assert max(jittered) < min(exact)
+    tasks = runner.make_tasks(
+        runner.parse_args(["--runs", "floors"], ["box_jitter"]), runner.load_tables(["box_jitter"])
+    )
+    assert [task.run for task in tasks] == [None]
+    assert [scoring.box_jitter for scoring in tasks[0].scorings] == [0.0, 0.05, 0.1, 0.2]
+
+
 def test_what_is_done_is_not_done_again(done, monkeypatch):
     assert runner.is_done(done)
     monkeypatch.setattr("one_run.train", None)
@@ -299,6 +313,7 @@ def test_tables_are_written_between_the_markers(done, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["report.py", "--results", str(done.results), "--document", str(document)])
     report.main()
     text = document.read_text()
+    assert "HD95 (px), difference" not in text and "Dice, difference" in text
     assert text.startswith("# Results\n") and text.endswith("\nAfter.\n") and "old" not in text
     assert "### A table: kvasir_sessile, validation (2 objects)" in text and "kvasir_sessile, test" not in text
     dice = json.loads((done.results / run.name / "kvasir_sessile-validation.json").read_text())["dice"]
