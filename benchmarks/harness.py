@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from imedsam import IMedSamConfig, IMedSamImageProcessor, IMedSamModel, IMedSamPipeline, IMedSamProcessor
 from imedsam.mask_field import MaskField
-from imedsam.rendering import TILE_POINTS
+from imedsam.tiles import TILE_POINTS
 from imedsam.training.arguments import parse_args as parse_training_args
 from imedsam.training.examples import Examples, load_examples
 from imedsam.training.machine import processor_name

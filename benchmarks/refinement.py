@@ -1,7 +1,8 @@
 """
 Refinement: how many points adaptive rendering evaluates, and how many pixels differ from exact rendering, with other
-first lattices, margins, tolerances and cells in the prompt's frame. The constants of `imedsam.rendering` are chosen
-from its results on eight images; the goals hold them to it there, and on all the others.
+first lattices, margins, tolerances, cells in the prompt's frame, and decays of the error. The constants of
+`imedsam.adaptive_rendering` are chosen from its results on eight images; the goals hold them to it there, and on all
+the others.
 
     python benchmarks/refinement.py
 
@@ -17,18 +18,18 @@ from harness import Goals, finish, make_field, parse_args, trained_pipeline
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-import imedsam.rendering
+import imedsam.adaptive_rendering
 from imedsam.mask_field import ImplicitMaskField
 
 SIZES = (384, 896)
 CHOSEN_ON = 8  # images
 OTHERS = "as it is, other images"
-CONSTANTS = ("MARGIN", "UNCERTAINTY_TOLERANCE", "FRAME_CELLS", "FIRST_LATTICE")
 VALUES = {
     "MARGIN": (0.0, 0.25, 1.0),
     "UNCERTAINTY_TOLERANCE": (0.02, 0.25),
     "FRAME_CELLS": (0, 8, 16),
     "FIRST_LATTICE": (24, 48, 64),
+    "ERROR_DECAY": (0.0, 0.25, 0.75),
 }
 
 
@@ -56,7 +57,7 @@ def main() -> None:
         if row["setting"] in ("as it is", OTHERS):
             equal = 1 - row["unequal_pixels"] / row["size"] ** 2
             goals.at_least(f"equal pixels at {row['size']}, {row['setting']}", 100 * equal, least, " %")
-    constants = {name: getattr(imedsam.rendering, name) for name in CONSTANTS}
+    constants = {name: getattr(imedsam.adaptive_rendering, name) for name in VALUES}
     results = {"images": what, "constants": constants, "settings": rows}
     finish("refinement", args, results, goals, plot(rows))
 
@@ -78,12 +79,12 @@ def compare(field, size, settings) -> dict[str, dict[str, float]]:
 
 @contextmanager
 def changed(constants):
-    before = {name: getattr(imedsam.rendering, name) for name in constants}
+    before = {name: getattr(imedsam.adaptive_rendering, name) for name in constants}
     try:
-        vars(imedsam.rendering).update(constants)
+        vars(imedsam.adaptive_rendering).update(constants)
         yield
     finally:
-        vars(imedsam.rendering).update(before)
+        vars(imedsam.adaptive_rendering).update(before)
 
 
 def plot(rows) -> Figure:

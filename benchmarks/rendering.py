@@ -33,7 +33,8 @@ from matplotlib.figure import Figure
 from scipy.ndimage import distance_transform_edt
 from torch.utils.flop_counter import FlopCounterMode
 
-from imedsam.rendering import RENDER_MODES, evaluate_points, pixel_centres
+from imedsam.rendering import RENDER_MODES
+from imedsam.tiles import evaluate_points, pixel_centres
 from imedsam.training.evaluation import sample_mask
 from imedsam.training.metrics import dice
 
@@ -55,6 +56,8 @@ def main() -> None:
         print({key: value for key, value in rows[-1].items() if not isinstance(value, dict)}, flush=True)
     separable = measure_separable_layer()
     print(f"a first layer that is separable in x and y takes {separable:.2f} of the time of a joined one", flush=True)
+    profile = profile_exact(fields[0])
+    print({name: f"{100 * share:.1f} %" for name, share in profile.items()}, flush=True)
     goals = Goals()
     size = rows[-1]["size"] if args.quick else 896
     row = next(row for row in rows if row["size"] == size)
@@ -69,14 +72,16 @@ def main() -> None:
     goals.at_most(f"exact at {size} against its own matrix products", row["exact_over_products"], 1.3, " times")
     if row["exact"]["peak_bytes"] is not None:
         goals.at_most(f"memory of exact at {size}", row["exact"]["peak_bytes"] / 1e9, 1, " GB")
-    goals.at_least(f"equal pixels at {size}", 100 * row["equal"], 99.9 if args.quick else 99.99, " %")
-    goals.at_least(f"equal pixels near the boundary at {size}", 100 * row["equal_near_boundary"], 98, " %")
-    goals.at_most(f"Dice difference at {size}", 100 * row["dice_difference"], 1 if args.quick else 0.05, " points")
+    equal, near, difference = (99, 90, 2) if args.quick else (99.99, 98, 0.05)  # one hardly trained is full of specks
+    goals.at_least(f"equal pixels at {size}", 100 * row["equal"], equal, " %")
+    goals.at_least(f"equal pixels near the boundary at {size}", 100 * row["equal_near_boundary"], near, " %")
+    goals.at_most(f"Dice difference at {size}", 100 * row["dice_difference"], difference, " points")
     results = {
         "images": what,
         "num_images": len(fields),
         "sizes": rows,
         "separable_over_joined_first_layer": separable,
+        "shares_of_exact_at_384": profile,
     }
     finish("rendering", args, results, goals, plot(rows, fields[0]))
 
@@ -91,11 +96,13 @@ def measure_size(size, pipeline, fields, examples, reference, once) -> dict:
         logits = mask_decoder.predict(first.features, mask_decoder.mask_tokens.weight[:1])
         return F.interpolate(logits, output, mode="bilinear", align_corners=False)
 
+    # The rate of the products is taken right before and after what it is compared with: it drifts.
     functions = {
+        "products before": matrix_products(),
         "exact": lambda: as_new(first).render(output, mode="exact"),
+        "products after": matrix_products(),
         "adaptive": lambda: as_new(first).render(output, mode="adaptive"),
         "SAM's mask decoder": stock,
-        "products": matrix_products(),
     }
     if memory_needed(size**2) < 0.9 * available_memory():
         functions = {"reference": lambda: reference(first.features, first.prompt, output), **functions}
@@ -105,11 +112,16 @@ def measure_size(size, pipeline, fields, examples, reference, once) -> dict:
         peaks[name] = peak_memory(lambda: rendered.update({name: functions[name]()}))
 
     # What takes minutes is called once, for its time, its memory and its masks.
-    slow = [name for name in ("reference", "exact") if size > 896 and name in functions]
-    times = measure({name: functools.partial(measure_peak, name) for name in slow}, rounds=1, warm_up=0)
+    products = ("products before", "products after")
+    slow = {
+        name: function if name in products else functools.partial(measure_peak, name)
+        for name, function in functions.items()
+        if size > 896 and name in ("reference", "exact", *products)
+    }
+    times = measure(slow, rounds=1, warm_up=0)
     fast = {name: function for name, function in functions.items() if name not in slow}
     times |= measure(fast, rounds=1 if once else 3)
-    for name in fast.keys() - {"products"}:
+    for name in fast.keys() - {*products}:
         measure_peak(name)
     row: dict = {"size": size}
     for name in sorted(peaks):
@@ -117,25 +129,31 @@ def measure_size(size, pipeline, fields, examples, reference, once) -> dict:
     for name in ("exact", "adaptive"):
         if "reference" in functions:
             row[f"reference_over_{name}"] = ratio(times["reference"], times[name])
-    products = flops_per_pixel(first) * size**2 / MATRIX_PRODUCTS_FLOPS
-    row["exact_over_products"] = ratio(times["exact"], times["products"]) / products
-    row["gflops"] = MATRIX_PRODUCTS_FLOPS / times["products"]["seconds"] / 1e9
-    agreements = [agreement(rendered["exact"], rendered["adaptive"], examples[0])]
+    per_pixel, lattice = flops(first)
+    rounds = zip(*(times[name]["rounds"] for name in ("exact", *products)), strict=True)
+    rates = [2 * MATRIX_PRODUCTS_FLOPS / (before + after) for _, before, after in rounds]
+    seconds = [(per_pixel * size**2 + lattice) / rate for rate in rates]  # that the products alone would take
+    row["exact_over_products"] = float(np.median(np.divide(times["exact"]["rounds"], seconds)))
+    row["gflops"] = float(np.median(rates)) / 1e9
+    agreements = [agreement(first, rendered["exact"], rendered["adaptive"], examples[0])]
     if not once:
         for field, example in list(zip(fields, examples, strict=True))[1:]:
-            agreements.append(agreement(*(field.render(output, mode=mode) for mode in RENDER_MODES), example))
+            masks = (field.render(output, mode=mode) for mode in RENDER_MODES)
+            agreements.append(agreement(field, *masks, example))
     row |= {key: float(np.mean([a[key] for a in agreements])) for key in agreements[0]}
     row["images_compared"] = len(agreements)
     return row
 
 
 @functools.cache
-def flops_per_pixel(field) -> float:
-    """Of exact rendering, in its matrix products; the threshold's are left out."""
-    field.render((64, 64))
-    with FlopCounterMode(display=False) as counter:
-        field.render((256, 256), mode="exact")
-    return counter.get_total_flops() / 256**2
+def flops(field) -> tuple[float, float]:
+    """Of the matrix products of exact rendering: per pixel, and of the lattice on which the threshold is taken."""
+    field, totals = as_new(field), []
+    for _ in range(2):  # the second time the threshold is known
+        with FlopCounterMode(display=False) as counter:
+            field.render((256, 256), mode="exact")
+        totals.append(counter.get_total_flops())
+    return totals[1] / 256**2, totals[0] - totals[1]
 
 
 def measure_separable_layer(height=32, width=64) -> float:
@@ -158,14 +176,28 @@ def measure_separable_layer(height=32, width=64) -> float:
     return ratio(times["separable"], times["joined"])
 
 
-def agreement(rendered, adapted, example) -> dict[str, float]:
-    """Of exact and adaptive rendering, and what the latter costs in Dice."""
+@torch.no_grad()
+def profile_exact(field, size=384) -> dict[str, float]:
+    """What exact rendering spends its time on, as shares of the operators' own time, of 1 % or more."""
+    field.render((size, size), mode="exact")
+    with torch.profiler.profile() as profiler:
+        field.render((size, size), mode="exact")
+    operators = profiler.key_averages()
+    total = sum(operator.self_cpu_time_total for operator in operators)
+    shares = {operator.key: operator.self_cpu_time_total / total for operator in operators}
+    return {name: share for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share >= 0.01}
+
+
+def agreement(field, rendered, adapted, example) -> dict[str, float]:
+    """Of exact and adaptive rendering, what the latter costs in Dice, and its points, the threshold's among them."""
     exact, adaptive = ((masks.logits[0, 0, 0] > 0).numpy() for masks in (rendered, adapted))
     truth = sample_mask(example["mask"] > 0, exact.shape)
     distance = np.maximum(distance_transform_edt(exact), distance_transform_edt(~exact))
     equal, near = exact == adaptive, distance <= NEAR
+    points = field.config.selection_lattice**2 + adapted.num_points
     return {
-        "share_of_points": adapted.num_points / rendered.num_points,
+        "points": points,
+        "share_of_points": points / exact.size,
         "equal": equal.mean(),
         "equal_near_boundary": equal[near].mean() if near.any() else 1.0,
         "dice_difference": abs(dice(exact, truth) - dice(adaptive, truth)),
@@ -200,7 +232,7 @@ def draw_points(axes, field, size=384) -> None:
         asked.append(coordinates)
         return evaluate_points(of, rows, coordinates)
 
-    with patch("imedsam.rendering.evaluate_points", record):
+    with patch("imedsam.adaptive_rendering.evaluate_points", record):
         mask = (field.render((size, size), mode="adaptive").logits[0, 0, 0] > 0).numpy()
     x, y = ((torch.cat(asked) + 1) * size / 2).T.numpy()
     axes.scatter(x, y, s=1, color="tab:blue", linewidths=0)

@@ -12,7 +12,8 @@ from contourpy import FillType, contour_generator
 from torch import Tensor
 
 from imedsam.mask_field import MaskField
-from imedsam.rendering import RenderedMasks, check_region, evaluate_points, render, to_coordinates
+from imedsam.rendering import RenderedMasks, check_region, render
+from imedsam.tiles import evaluate_points, to_coordinates
 
 # A vertex is found when it moves by less than this, in pixels; at most so many evaluations find it.
 TOLERANCE = 0.01

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.implicit_decoder import FineField, ImplicitDecoder, at_least_float32
-from imedsam.rendering import RenderedMasks, pixel_centres, render, split_in_tiles
+from imedsam.rendering import RenderedMasks, render
+from imedsam.tiles import pixel_centres, position_dtype, split_in_tiles
 from imedsam.uncertainty import (
     closed_form_variance,
     dropout_masks,
@@ -70,6 +71,8 @@ class MaskField(ABC):
     @abstractmethod
     def values(self, coordinates: Tensor, point_areas: Tensor | None = None) -> FieldValues:
         """
+        The field at some points: finite numbers, each of its point alone.
+
         Args:
             coordinates: (B, P, N, 2) or, for the same points of every prompt, (B, 1, N, 2) or (1, 1, N, 2); (x, y) in
                 [-1, 1] over the model's square.
@@ -163,6 +166,12 @@ class ImplicitMaskField(MaskField):
         head = decoder.coarse.head
         self.coarse_head = head.weight[:, 0][classes], head.bias[:, 0][classes]  # of the logits, (R, M, D) and (R, M)
         self.selects_on_the_grid = config.selection == "top_k" and decoder.fine is not None
+        self.dropout_masks: Tensor | None = None  # of the Monte Carlo passes, (T, D)
+        if config.uncertainty == "monte_carlo":
+            weight = at_least_float32(head.weight)
+            self.dropout_masks = dropout_masks(
+                config.monte_carlo_samples, weight.shape[-1], config.dropout, weight.device, weight.dtype
+            )
         self._threshold: Tensor | None = None
         self._lattice: Tensor | None = None
 
@@ -187,7 +196,7 @@ class ImplicitMaskField(MaskField):
         if (fine := self.decoder.fine) is None:
             raise ValueError("Expected a field with a selection for a threshold, got selection=None.")
         side, thresholds, values = self.config.selection_lattice, [], []
-        lattices = pixel_centres((side, side), self.lattice_region)
+        lattices = pixel_centres((side, side), self.lattice_region.to(position_dtype(self.device)))
         # The prompts of an image share its lattice. Hidden vectors of all of it are kept for some of them at a time.
         for image, prompts in enumerate(torch.arange(len(self.frame), device=self.device).split(self.num_prompts)):
             for rows in prompts.split(LATTICES_AT_ONCE):
@@ -229,16 +238,15 @@ class ImplicitMaskField(MaskField):
         return field
 
     def _rows(self, rows: Tensor) -> "ImplicitMaskField":
-        field = ImplicitMaskField(
-            self.decoder,
-            self.config,
-            self.features[rows],
-            self.prompt[rows],
-            self.frame[rows],
-            self.classes[rows],
-            self.lattice_region[rows // self.num_prompts],
+        field = copy(self)
+        field.batch_size, field.num_prompts = len(rows), 1
+        field.features, field.prompt, field.frame, field.classes, field.coarse_part = (
+            values[rows] for values in (self.features, self.prompt, self.frame, self.classes, self.coarse_part)
         )
-        field.evaluating = self.evaluating
+        field.fine_part = None if self.fine_part is None else self.fine_part[rows]
+        field.coarse_head = self.coarse_head[0][rows], self.coarse_head[1][rows]
+        field.lattice_region = self.lattice_region[rows // self.num_prompts]
+        field._threshold = field._lattice = None
         return field
 
     def selecting_from(self, uncertainty: Tensor) -> "ImplicitMaskField":
@@ -298,11 +306,8 @@ class ImplicitMaskField(MaskField):
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = at_least_float32(hidden)
             weight, bias = (values.to(hidden.dtype) for values in self.coarse_head)
-            if self.config.uncertainty == "monte_carlo":
-                masks = dropout_masks(
-                    self.config.monte_carlo_samples, hidden.shape[-1], self.config.dropout, hidden.device, hidden.dtype
-                )
-                return monte_carlo_variance(hidden, weight, bias, masks)
+            if self.dropout_masks is not None:
+                return monte_carlo_variance(hidden, weight, bias, self.dropout_masks)
             return closed_form_variance(hidden, logits, weight, self.config.dropout)
 
     def _refine(self, fine: FineField, encoded: Tensor, hidden: Tensor, coarse: Tensor, selected: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from imedsam.losses import segmentation_loss
 from imedsam.mask_field import FieldValues, ImplicitMaskField, InterpolatedMaskField, MaskField
 from imedsam.pretrained import IMedSamPreTrainedModel
 from imedsam.prompt_fusion import PromptEncoder, PromptFusion, Prompts
-from imedsam.rendering import pixel_centres
+from imedsam.tiles import pixel_centres
 from imedsam.uncertainty import draw_uncertain
 
 

@@ -7,6 +7,7 @@ from known_fields import KnownField
 from scipy.ndimage import distance_transform_edt
 from torch.testing import assert_close
 
+import imedsam.adaptive_rendering
 import imedsam.rendering
 from imedsam.mask_field import FieldValues
 from imedsam.rendering import RENDER_MODES, render
@@ -34,7 +35,9 @@ class Shapes(KnownField):
         return FieldValues(merged, logits, 0.25 * torch.exp(-logits.abs()))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (97, 96), (192, 193), (384, 384), (120, 500)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 200), (200, 1), (33, 50), (63, 63), (97, 96), (192, 193), (384, 384), (40, 500), (120, 500)]
+)
 @pytest.mark.parametrize("jump", [0.0, -3.0])
 @pytest.mark.parametrize("region", [None, [[-0.9, -0.5, 0.7, 1.0], [0.0, 0.0, 1.0, 1.0]]])
 def test_adaptive_masks_are_the_exact_ones(size, jump, region):
@@ -78,23 +81,46 @@ def test_a_straight_boundary_costs_hardly_more_than_the_pixels_beside_it():
     straight = Function(lambda x, y: 10 * (x - 0.3 * y - 0.05))
     exact, adaptive = (render(straight, (768, 768), mode=mode) for mode in RENDER_MODES)
     assert torch.equal(adaptive.logits > 0, exact.logits > 0)
-    assert adaptive.num_points - imedsam.rendering.FIRST_LATTICE**2 < 7 * 768
+    assert adaptive.num_points - imedsam.adaptive_rendering.FIRST_LATTICE**2 < 7 * 768
 
 
 def test_a_ragged_boundary_is_looked_at_more_closely(monkeypatch):
-    """Interpolation is wrong there: cells are split that no boundary crosses between their corners."""
+    """Interpolation is wrong there: corners are asked for near which no boundary is seen, one by one."""
     ragged = Function(lambda x, y: 2 * (y - 0.1 * torch.sin(5 * x)) + 0.2 * torch.sin(60 * x) * torch.sin(54 * y))
     exact = render(ragged, (384, 384), mode="exact").logits > 0
-    unequal = ((render(ragged, (384, 384)).logits > 0) != exact).sum()
-    are_undecided = imedsam.rendering._are_undecided
+    adaptive = render(ragged, (384, 384))
+    assert adaptive.num_points < 8000  # all four corners of these cells are 9,913 points
+    unequal = ((adaptive.logits > 0) != exact).sum()
     monkeypatch.setattr(
-        imedsam.rendering,
-        "_are_undecided",
-        # The first lattice's cells have two axes.
-        lambda corners, error: are_undecided(corners, error if corners.ndim > 4 else 0.0),
+        imedsam.adaptive_rendering.Lattice,
+        "_largest_error",
+        lambda self, errors, points: errors.new_zeros(1, len(self.cells)),
     )
     without = ((render(ragged, (384, 384)).logits > 0) != exact).sum()
     assert unequal < 5e-4 * 384**2 and 5 * unequal < without
+
+
+def test_errors_are_remembered_where_interpolation_happens_to_be_right(monkeypatch):
+    """Of a field with octaves, at one size of its cells."""
+
+    def octaves(x, y):
+        rough = torch.sin(47 * x) * torch.sin(42.3 * y) + torch.sin(211 * x) * torch.sin(189.9 * y)
+        return 2 * (y - 0.1 * torch.sin(5 * x)) + 0.2 * rough
+
+    field = Function(octaves)
+    exact = render(field, (896, 896), mode="exact").logits > 0
+    unequal = ((render(field, (896, 896)).logits > 0) != exact).sum()
+    monkeypatch.setattr(imedsam.adaptive_rendering, "ERROR_DECAY", 0.0)
+    forgetful = ((render(field, (896, 896)).logits > 0) != exact).sum()
+    assert unequal < 0.95 * forgetful < 3e-3 * 896**2
+
+
+@pytest.mark.parametrize("size", [(9, 5), (8, 5), (9, 4), (8, 4)])
+def test_midpoints_are_those_of_bilinear_interpolation(size):
+    values = torch.rand(2, 3, 5, 3, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.interpolate(values, (9, 5), mode="bilinear", align_corners=True)
+    got = imedsam.adaptive_rendering._insert_midpoints(values, size)
+    assert_close(got, expected[..., : size[0], : size[1]])
 
 
 def test_a_thin_line_that_is_found_once_is_followed():
@@ -116,7 +142,7 @@ def test_what_hangs_on_a_thin_neck_is_found_whole():
 
     field = Function(shape)
     exact, adaptive = (render(field, (896, 896), mode=mode) for mode in RENDER_MODES)
-    assert (render(field, (48, 48)).logits > 0)[..., 34:39].sum() == 0
+    assert (render(field, (32, 32), mode="exact").logits > 0)[..., 23:26].sum() == 0
     assert torch.equal(adaptive.logits > 0, exact.logits > 0)
 
 
@@ -149,12 +175,25 @@ class Disks(KnownField):
         return FieldValues(logits, logits, torch.zeros_like(logits))
 
 
-@pytest.mark.parametrize("size", [(64, 64), (96, 96), (384, 384), (500, 200), (896, 896)])
-def test_the_smallest_structure_that_is_always_found(size):
-    """A disk of one and a half cells of the first lattice, wherever it lies."""
-    radius = 1.5 / imedsam.rendering.FIRST_LATTICE
-    centre = (torch.rand(20, 2, generator=torch.Generator().manual_seed(size[0])) * 2 - 1) * (1 - radius)
-    exact, adaptive = (render(Disks(radius, centre), size, mode=mode) for mode in RENDER_MODES)
+@pytest.mark.parametrize(
+    ("size", "zoom"),
+    [
+        ((64, 64), 1.0),
+        ((96, 96), 1.0),
+        ((384, 384), 1.0),
+        ((384, 384), 0.25),
+        ((500, 200), 1.0),
+        ((500, 200), 0.25),
+        ((896, 896), 1.0),
+    ],
+)
+def test_the_smallest_structure_that_is_always_found(size, zoom):
+    """A disk of one and a half cells of the first lattice, wherever it lies in the square or in a part of it."""
+    radius = 1.5 / imedsam.adaptive_rendering.FIRST_LATTICE * zoom
+    generator = torch.Generator().manual_seed(size[0])
+    centre = 0.6 * (1 - zoom) + (torch.rand(12, 2, generator=generator) * 2 - 1) * (zoom - radius)
+    region = torch.tensor([-1.0, -1.0, 1.0, 1.0]) * zoom + 0.6 * (1 - zoom)
+    exact, adaptive = (render(Disks(radius, centre), size, region, mode) for mode in RENDER_MODES)
     assert torch.equal(adaptive.logits > 0, exact.logits > 0)
     assert (exact.logits > 0).flatten(2).any(dim=-1).all()
 
@@ -174,19 +213,22 @@ def test_a_small_structure_in_its_box_is_found(size, diameter):
 
 
 @pytest.mark.parametrize(
-    ("size", "side"),
+    ("size", "side", "zoom"),
     [
-        ((1000, 1000), 130),
-        ((384, 384), 66),
-        ((896, 896), 140),
-        ((500, 4000), 200),
-        ((384, 1536), 100),
-        ((384, 384), 12),
+        ((1000, 1000), 130, 1.0),
+        ((384, 384), 66, 1.0),
+        ((384, 384), 66, 0.3),
+        ((896, 896), 140, 1.0),
+        ((500, 4000), 200, 1.0),
+        ((384, 1536), 100, 1.0),
+        ((384, 1536), 100, 0.3),
+        ((384, 384), 12, 1.0),
     ],
 )
-def test_the_smallest_structure_that_is_always_found_in_a_frame(size, side):
+def test_the_smallest_structure_that_is_always_found_in_a_frame(size, side, zoom):
     """A disk of an eighth of the frame's side, or of 1.5 pixels, wherever in it; cells of unequal sides included."""
-    scale = torch.tensor([2 / size[1], 2 / size[0]])
+    low = torch.tensor([-1.0, 0.3 - zoom])
+    region, scale = torch.cat([low, low + 2 * zoom]), torch.tensor([2 / size[1], 2 / size[0]]) * zoom
 
     class Round(Disks):
         """Disks in the pixels of the grid."""
@@ -196,13 +238,13 @@ def test_the_smallest_structure_that_is_always_found_in_a_frame(size, side):
             logits = torch.where(distance < self.radius, 5.0, -5.0)[:, :, None]
             return FieldValues(logits, logits, torch.zeros_like(logits))
 
-    radius = max(0.75, 0.75 * side / imedsam.rendering.FRAME_CELLS)
+    radius = max(0.75, 0.75 * side / imedsam.adaptive_rendering.FRAME_CELLS)
     generator = torch.Generator().manual_seed(side)
     frame = torch.rand(8, 2, generator=generator) * (torch.tensor(size[::-1]) - side)
     places = frame + radius + torch.rand(8, 2, generator=generator) * (side - 2 * radius)
-    field = Round(radius, places * scale - 1)
-    field.frame = torch.cat([(frame + side / 2) * scale - 1, (side / 2 * scale).expand(8, 2)], dim=-1)
-    exact, adaptive = (render(field, size, mode=mode) for mode in RENDER_MODES)
+    field = Round(radius, places * scale + low)
+    field.frame = torch.cat([(frame + side / 2) * scale + low, (side / 2 * scale).expand(8, 2)], dim=-1)
+    exact, adaptive = (render(field, size, region, mode) for mode in RENDER_MODES)
     assert torch.equal(adaptive.logits > 0, exact.logits > 0)
     assert (exact.logits > 0).flatten(2).any(dim=-1).all()
     assert adaptive.num_points < 0.1 * exact.num_points
@@ -214,7 +256,7 @@ def test_small_lesions_of_phantoms_are_found_whole(seed):
     phantom, side = draw_phantom(seed), 512
     lesion = phantom.mask(side, side) == LESION
     radius = distance_transform_edt(lesion).max() / side
-    zoom = radius / (0.75 / imedsam.rendering.FIRST_LATTICE)
+    zoom = radius / (0.75 / imedsam.adaptive_rendering.FIRST_LATTICE)
     place = np.random.default_rng(seed).uniform(0.1, 0.9, 2)
 
     class Lesion(KnownField):
@@ -232,7 +274,7 @@ def test_small_lesions_of_phantoms_are_found_whole(seed):
 
 def test_a_pixel_has_one_value_in_both_modes(monkeypatch):
     """Where adaptive rendering evaluates it, to the last bit."""
-    monkeypatch.setattr(imedsam.rendering, "UNCERTAINTY_TOLERANCE", -1.0)  # no cell is decided
+    monkeypatch.setattr(imedsam.adaptive_rendering, "UNCERTAINTY_TOLERANCE", -1.0)  # no cell is decided
     region = torch.tensor([[-1.0, -1.0, 1.0, 0.4883], [-0.7, 0.1, 0.31, 0.9]])
     exact, adaptive = (render(Shapes(), (150, 170), region, mode) for mode in RENDER_MODES)
     assert torch.equal(adaptive.logits, exact.logits) and torch.equal(adaptive.uncertainty, exact.uncertainty)
@@ -249,15 +291,19 @@ def test_a_doubtful_place_is_not_smoothed_over():
 
     field = Doubt(1, 1, torch.device("cpu"))
     exact, adaptive = (render(field, (896, 896), mode=mode) for mode in RENDER_MODES)
-    assert_close(adaptive.uncertainty, exact.uncertainty, atol=imedsam.rendering.UNCERTAINTY_TOLERANCE, rtol=0)
+    assert_close(
+        adaptive.uncertainty, exact.uncertainty, atol=imedsam.adaptive_rendering.UNCERTAINTY_TOLERANCE, rtol=0
+    )
     assert adaptive.num_points < 0.05 * exact.num_points
 
 
 @pytest.mark.parametrize("mode", RENDER_MODES)
-def test_prompts_in_chunks(monkeypatch, mode):
+@pytest.mark.parametrize("limit", [{"PROMPTS_AT_ONCE": 3}, {"PIXELS_AT_ONCE": 2 * 150 * 200}], ids=str)
+def test_prompts_in_chunks(monkeypatch, mode, limit):
     region = torch.tensor([[-0.9, -0.5, 0.7, 1.0], [0.0, 0.0, 1.0, 1.0]])
     together = render(Shapes(), (150, 200), region, mode)
-    monkeypatch.setattr(imedsam.rendering, "PROMPTS_AT_ONCE", 3)
+    for name, value in limit.items():
+        monkeypatch.setattr(imedsam.rendering, name, value)
     parts = render(Shapes(), (150, 200), region, mode)
     for name, values in vars(together).items():
         assert_close(getattr(parts, name), values)
@@ -271,8 +317,11 @@ def test_no_more_points_are_evaluated_than_are_reported():
     assert masks.num_points == sum(asked)
 
 
-def test_rendered_maps_are_each_their_own():
+@pytest.mark.parametrize("size", [(40, 50), (100, 110)])
+@pytest.mark.parametrize("prompts", [1, 4])
+def test_rendered_maps_are_each_their_own(size, prompts):
+    field = Shapes() if prompts == 4 else Disks(0.3, torch.tensor([[0.1, 0.2]]))
     for mode in RENDER_MODES:
-        masks = render(Shapes(), (100, 110), mode=mode)
+        masks = render(field, size, mode=mode)
         for values in (masks.logits, masks.coarse_logits, masks.uncertainty):
             assert values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes

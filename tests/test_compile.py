@@ -22,7 +22,21 @@ def test_the_encoder_is_one_graph(from_sam, inputs, merged):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("values", [{}, {"num_labels": 3}, {"selection": None}], ids=str)
+def test_the_encoder_of_padded_images_is_compiled_around_their_spectra(from_sam, inputs):
+    """Each is taken of an image of another size: a break in the graph, not an error."""
+    model = from_sam().eval()
+    arguments = inputs["pixel_values"], torch.tensor([[64, 40], [64, 64]])
+    expected = model.get_image_embeddings(*arguments)
+    assert_close(torch.compile(model.get_image_embeddings, backend="eager")(*arguments), expected)
+    assert (expected != model.get_image_embeddings(inputs["pixel_values"])).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"num_labels": 3}, {"selection": None}, {"selection": "top_k"}, {"uncertainty": "monte_carlo"}],
+    ids=str,
+)
 def test_the_field_is_one_graph_for_all_images(from_sam, inputs, values):
     model, graphs = from_sam(**values).eval(), []
 

@@ -16,14 +16,12 @@ from imedsam.mask_field import FieldValues
 class Field(KnownField):
     """One image, one prompt: a function of x and y in [-1, 1]."""
 
-    def __init__(self, function, prompts=1):
-        super().__init__(1, prompts, torch.device("cpu"))
+    def __init__(self, function):
+        super().__init__(1, 1, torch.device("cpu"))
         self.function = function
-        self.num_points = 0
 
     def values(self, coordinates, point_areas=None):
-        x, y = coordinates.expand(-1, self.num_prompts, -1, -1)[:, :, None].unbind(dim=-1)
-        self.num_points += x.numel()
+        x, y = coordinates[:, :, None].unbind(dim=-1)
         logits = self.function(x, y)
         return FieldValues(logits, logits, logits.abs())
 
@@ -128,7 +126,7 @@ def test_a_region_and_a_spacing():
 
 
 def test_images_prompts_and_masks_keep_their_own():
-    """Against one field at a time, and with few evaluations more than the rendering needs."""
+    """Each circle has its own radius."""
     radii = torch.tensor([[[0.5, 0.2], [0.0, 0.3]], [[0.1, 0.0], [0.7, 0.6]]])  # image, prompt, mask
 
     class Disks(KnownField):

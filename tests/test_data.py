@@ -20,6 +20,7 @@ from imedsam.training.data import (
 )
 from imedsam.training.examples import load_examples
 from imedsam.training.metrics import box_from_mask
+from imedsam.uncertainty import draw_uncertain
 
 # Points and boxes
 
@@ -68,6 +69,29 @@ def test_sampled_losses_are_those_of_every_pixel(uniform_share, boundary_share):
     assert abs(few.mean() - cross_entropy_loss(*dense).item()) < 4 * few.std() / len(few) ** 0.5
     assert few.std() > 0.02  # so that the line above says something
     assert sampled(dice_loss, 200000, 0) == pytest.approx(dice_loss(*dense).item(), abs=0.005)
+
+
+def test_losses_at_uncertain_points_are_those_of_every_pixel():
+    """Drawn from candidates that crowd near the boundary; the two weights of a point multiply."""
+    mask = disk(80, 100, 30, 50, 17) == 1
+    box = np.array([box_from_mask(mask)])
+    rows, columns = np.mgrid[:80, :100]
+    logits = np.sin(rows / 9) * 2 + np.cos(columns / 13) * 3 - 1.0
+    dense = [torch.from_numpy(values).double().flatten() for values in (logits, mask)]
+
+    def sampled(loss, num_points, seed):
+        torch.manual_seed(seed)
+        points, density = sample_points([mask], box, 4 * num_points, 0.3, 0.4, np.random.default_rng(seed))
+        values = [torch.from_numpy(labels_at([of], points)[0]).double() for of in (logits, mask)]
+        probability = values[0].sigmoid()
+        chosen, factors = draw_uncertain(probability * (1 - probability), num_points)
+        return loss(*(of[chosen] for of in values), factors / torch.from_numpy(density[0])[chosen]).item()
+
+    few = np.array([sampled(cross_entropy_loss, 20, seed) for seed in range(1000)])
+    assert abs(few.mean() - cross_entropy_loss(*dense).item()) < 4 * few.std() / len(few) ** 0.5
+    assert few.std() > 0.02  # so that the line above says something
+    off = [abs(sampled(dice_loss, num_points, 0) - dice_loss(*dense).item()) for num_points in (20, 100_000)]
+    assert off[1] < 0.005 < off[0]
 
 
 @pytest.mark.parametrize(("uniform_share", "boundary_share"), [(0.5, 0.5), (0.8, 0.2), (0.9, 0.1)])

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from transformers import AutoProcessor, SamConfig, SamModel
 
 from imedsam import IMedSamModel
-from imedsam.rendering import pixel_centres
+from imedsam.tiles import pixel_centres
 from imedsam.training import demo
 
 README = Path(__file__).parents[1] / "README.md"

@@ -13,7 +13,7 @@ import imedsam.prompt_fusion
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.losses import segmentation_loss
 from imedsam.modeling_imedsam import IMedSamModel
-from imedsam.rendering import pixel_centres
+from imedsam.tiles import pixel_centres
 
 SQUARE = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])
 

@@ -68,6 +68,15 @@ def test_lora_is_merged_where_that_loses_nothing(folder, image, dtype, merged):
     np.testing.assert_allclose(pipeline(image, input_boxes=[BOX]).logits, expected.logits, atol=1e-4)
 
 
+def test_the_weights_order_in_memory_is_not_saved(pipeline, tmp_path):
+    kernels = [m.weight for m in pipeline.model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert kernels and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+    pipeline.model.save_pretrained(tmp_path)
+    state = pipeline.model.state_dict()
+    for name, weight in IMedSamModel.from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(weight, state[name])
+
+
 def test_prompts_are_answered_on_one_encoding(pipeline, image, monkeypatch):
     pipeline.set_image(image)
     monkeypatch.setattr(pipeline.model, "get_image_embeddings", None)
@@ -174,6 +183,14 @@ def test_predict_writes_outlines_in_the_images_pixels(folder, image, tmp_path, p
     assert (on_grid | on_border).any(axis=1).all()
     assert points.min() >= 0 and (points.max(axis=0) <= [image.width, image.height]).all()
     assert points.max() > 0.6 * image.width
+
+
+def test_an_overlay_draws_the_curves_that_it_is_given():
+    """A triangle's sides, not the mask's pixels."""
+    masks, curve = np.zeros((1, 60, 80), dtype=bool), np.array([[10.0, 10], [70, 10], [40, 50], [10, 10]])
+    drawn = np.asarray(overlay(Image.new("L", (80, 60)), masks, [], [[curve]]))
+    assert drawn[10, 40].max() > 100 and drawn[30, 25].max() > 100 and drawn[20, 40].max() == 0
+    assert np.asarray(overlay(Image.new("L", (80, 60)), masks, [])).max() == 0
 
 
 def test_curves_by_hand():

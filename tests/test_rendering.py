@@ -5,9 +5,10 @@ import torch
 from known_fields import KnownField
 from torch.testing import assert_close
 
-import imedsam.rendering
+import imedsam.tiles
 from imedsam.mask_field import FieldValues, InterpolatedMaskField
-from imedsam.rendering import RenderedMasks, pixel_centres, render
+from imedsam.rendering import RenderedMasks, render
+from imedsam.tiles import evaluate_points, pixel_centres
 
 SQUARE = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])
 
@@ -47,10 +48,10 @@ def test_pixel_centres_are_those_of_interpolation(size):
 
 @pytest.mark.parametrize("tile_points", [1, 6, 13, 10**6])
 def test_render(monkeypatch, tile_points):
-    monkeypatch.setattr(imedsam.rendering, "TILE_POINTS", tile_points)
+    monkeypatch.setattr(imedsam.tiles, "TILE_POINTS", tile_points)
     field = Plane()
     masks = field.render((3, 5))
-    x, y = (torch.arange(5) + 0.5) / 2.5 - 1, (torch.arange(3) + 0.5) / 1.5 - 1
+    x, y = (torch.arange(5).double() + 0.5) / 2.5 - 1, (torch.arange(3).double() + 0.5) / 1.5 - 1
     expected = 10 * x + y[:, None] + 100 * torch.arange(2.0).view(2, 1, 1, 1, 1)
     expected = expected + 1000 * torch.arange(3.0).view(1, 3, 1, 1, 1)
     assert masks.logits.shape == (2, 3, 1, 3, 5)
@@ -79,7 +80,7 @@ def test_points_of_very_different_numbers_per_prompt():
     points = torch.rand(len(rows), 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
     field = Plane()
     expected = 10 * points[:, 0] + points[:, 1] + 100 * (rows // 3) + 1000 * (rows % 3)
-    values = imedsam.rendering.evaluate_points(field, rows, points)
+    values = evaluate_points(field, rows, points)
     assert_close(values, torch.stack([expected, expected + 1, expected + 2])[:, None])
     assert len(rows) <= sum(field.asked) < 1.3 * len(rows)
 

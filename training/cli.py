@@ -45,7 +45,7 @@ def predict(
         str | None, typer.Option("--class", help="Name of the class to segment; the best-scored one by default.")
     ] = None,
     contours: Annotated[
-        Path | None, typer.Option(help="GeoJSON file for the masks' outlines, in the images' pixels.")
+        Path | None, typer.Option(help="GeoJSON file for the masks' outlines, in pixels, (0, 0) the image's corner.")
     ] = None,
     spacing: Annotated[
         tuple[float, float] | None,

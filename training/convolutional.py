@@ -14,7 +14,7 @@ from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.implicit_decoder import CoordinateEncoding
 from imedsam.mask_field import InterpolatedMaskField, MaskField
 from imedsam.modeling_imedsam import IMedSamModel
-from imedsam.rendering import pixel_centres
+from imedsam.tiles import pixel_centres
 
 # Channels that are normalised against each other are not to be too few.
 LEAST_CHANNELS = 8
