@@ -50,14 +50,20 @@ def test_points_fill_their_pixels():
 SHARES = [(0.1, 0.0), (0.5, 0.0), (1.0, 0.0), (0.2, 0.5), (0.3, 0.7), (0.05, 0.9)]
 
 
-@pytest.mark.parametrize(("uniform_share", "boundary_share"), SHARES)
-def test_sampled_losses_are_those_of_every_pixel(uniform_share, boundary_share):
-    """The cross entropy without bias, however few points; the Dice loss as their number grows."""
+def waves_over_a_disk():
+    """A mask and its box, logits that do not follow it, and both at every pixel."""
     mask = disk(80, 100, 30, 50, 17) == 1
     box = np.array([box_from_mask(mask)])
     rows, columns = np.mgrid[:80, :100]
     logits = np.sin(rows / 9) * 2 + np.cos(columns / 13) * 3 - 1.0
     dense = [torch.from_numpy(values).double().flatten() for values in (logits, mask)]
+    return mask, box, logits, dense
+
+
+@pytest.mark.parametrize(("uniform_share", "boundary_share"), SHARES)
+def test_sampled_losses_are_those_of_every_pixel(uniform_share, boundary_share):
+    """The cross entropy without bias, however few points; the Dice loss as their number grows."""
+    mask, box, logits, dense = waves_over_a_disk()
 
     def sampled(loss, num_points, seed):
         rng = np.random.default_rng(seed)
@@ -73,11 +79,7 @@ def test_sampled_losses_are_those_of_every_pixel(uniform_share, boundary_share):
 
 def test_losses_at_uncertain_points_are_those_of_every_pixel():
     """Drawn from candidates that crowd near the boundary; the two weights of a point multiply."""
-    mask = disk(80, 100, 30, 50, 17) == 1
-    box = np.array([box_from_mask(mask)])
-    rows, columns = np.mgrid[:80, :100]
-    logits = np.sin(rows / 9) * 2 + np.cos(columns / 13) * 3 - 1.0
-    dense = [torch.from_numpy(values).double().flatten() for values in (logits, mask)]
+    mask, box, logits, dense = waves_over_a_disk()
 
     def sampled(loss, num_points, seed):
         torch.manual_seed(seed)
