@@ -46,6 +46,7 @@ def find_contours(
     region: Tensor | None = None,
     spacing: tuple[float, float] = (1.0, 1.0),
     rendered: RenderedMasks | None = None,
+    origin: tuple[float, float] = (0.0, 0.0),
 ) -> list[list[list[list[Contour]]]]:
     """
     The outlines of a field's masks. A grid tells which components and holes there are; each vertex is then moved along
@@ -56,10 +57,11 @@ def find_contours(
         region: (4,) or (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] that it covers; the whole square by default.
         spacing: (x, y) size of a pixel, such as in millimetres.
         rendered: what `field.render(output_size, region)` gave, if that has been done already.
+        origin: (x, y) of the grid's upper left corner, in the unit of the spacing.
 
     Returns:
-        For each image, prompt and mask its components, the largest first. (0, 0) is the upper left corner of the upper
-        left pixel, (1, 1) its lower right one, times the spacing. What the rectangle cuts is closed along its edge.
+        For each image, prompt and mask its components, the largest first. `origin` is the upper left corner of the
+        upper left pixel, `origin + spacing` its lower right one. What the rectangle cuts is closed along its edge.
     """
     field = field.eval()
     rendered = render(field, output_size, region) if rendered is None else rendered
@@ -90,7 +92,7 @@ def find_contours(
         lengths = [sum(component) for component in rings]
         rows, masks_ = np.repeat(np.array(owners), lengths, axis=0).T
         points = _refine(np.concatenate(vertices), rows, masks_, logits, x, y, logits_at)
-        points = points.clip(0, [width, height]) * np.array(spacing)
+        points = np.array(origin) + points.clip(0, [width, height]) * np.array(spacing)
         curves = iter(np.split(points, np.cumsum([n for component in rings for n in component])[:-1]))
         for (row, mask), ring_lengths in zip(owners, rings, strict=True):
             exterior, *holes = (next(curves) for _ in ring_lengths)
@@ -124,20 +126,37 @@ def to_coco(contours: Sequence[Contour], mask: np.ndarray) -> dict:
     The components of a mask as the fields `segmentation`, `area` and `bbox` of a COCO annotation.
 
     Args:
-        contours: in pixels.
+        contours: in pixels of the mask, (0, 0) the corner of its first.
         mask: (H, W), bool, the same mask: COCO's polygons have no holes, so that a mask with some is given by its runs
             of pixels, not compressed.
+
+    Raises:
+        ValueError: contours that are not those of the mask, or in another frame, such as of a part of the image.
     """
+    points = np.concatenate([contour.exterior for contour in contours]) if contours else np.zeros((1, 2))
+    low, high = points.min(axis=0), points.max(axis=0)
+    box, pixel_box = np.concatenate([low, high]), _pixel_box(mask)
+    if np.abs(box - pixel_box).max() > 1:
+        raise ValueError(
+            "Expected the mask that the contours are of, in its pixels, got contours in the box "
+            f"{box.round(1).tolist()} and a mask in {pixel_box.tolist()}: take both of the whole image, at its size."
+        )
     segmentation: Any = [contour.exterior[:-1].flatten().tolist() for contour in contours]
     if any(contour.holes for contour in contours):
         pixels = np.concatenate([[0], mask.T.flatten().astype(np.int8), [0]])  # column by column, from a run of 0
         changes = np.flatnonzero(np.diff(pixels))
         ends = np.concatenate([changes, [mask.size]]) if not mask[-1, -1] else changes
         segmentation = {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
-    points = np.concatenate([contour.exterior for contour in contours]) if contours else np.zeros((1, 2))
-    low, high = points.min(axis=0), points.max(axis=0)
     area = sum(contour.area for contour in contours)
     return {"segmentation": segmentation, "area": area, "bbox": [*low.tolist(), *(high - low).tolist()]}
+
+
+def _pixel_box(mask: np.ndarray) -> np.ndarray:
+    """x0, y0, x1, y1 around the pixels of a mask; zeros if there are none."""
+    rows, columns = mask.nonzero()
+    if not len(rows):
+        return np.zeros(4)
+    return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=float)
 
 
 def _with_border(logits, x, y, logits_at):

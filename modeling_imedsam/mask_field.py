@@ -58,6 +58,8 @@ class MaskField(ABC):
         device: of the field's tensors.
     """
 
+    # How it is rendered where that is not said.
+    default_mode: str = "adaptive"
     # Whether the points to refine are the most uncertain ones of a rendered grid (the paper's rule).
     selects_on_the_grid: bool = False
     # Whether values are those after training even while the decoder trains.
@@ -124,7 +126,7 @@ class MaskField(ABC):
         Args:
             output_size: (height, width).
             region: (4,) or (B, 4), the rectangle x0, y0, x1, y1 in [-1, 1] to render; the whole square by default.
-            mode: "exact", or "adaptive" (the default where it is possible): only near the boundaries.
+            mode: "exact", or "adaptive": only near the boundaries; `default_mode` by default.
         """
         return render(self, output_size, region, mode)
 
@@ -165,7 +167,8 @@ class ImplicitMaskField(MaskField):
         self.coarse_part, self.fine_part = decoder.prompt_parts(prompt)
         head = decoder.coarse.head
         self.coarse_head = head.weight[:, 0][classes], head.bias[:, 0][classes]  # of the logits, (R, M, D) and (R, M)
-        self.selects_on_the_grid = config.selection == "top_k" and decoder.fine is not None
+        if config.selection == "top_k" and decoder.fine is not None:
+            self.selects_on_the_grid, self.default_mode = True, "exact"
         self.dropout_masks: Tensor | None = None  # of the Monte Carlo passes, (T, D)
         if config.uncertainty == "monte_carlo":
             weight = at_least_float32(head.weight)
@@ -221,7 +224,11 @@ class ImplicitMaskField(MaskField):
     def eval(self) -> "ImplicitMaskField":
         if not self.training:
             return self  # so that the threshold is taken once
-        field = cast(ImplicitMaskField, super().eval())
+        return cast(ImplicitMaskField, super().eval()).as_new()
+
+    def as_new(self) -> "ImplicitMaskField":
+        """This field before it has taken its threshold."""
+        field = copy(self)
         field._threshold = field._lattice = None
         return field
 
@@ -238,7 +245,7 @@ class ImplicitMaskField(MaskField):
         return field
 
     def _rows(self, rows: Tensor) -> "ImplicitMaskField":
-        field = copy(self)
+        field = self.as_new()
         field.batch_size, field.num_prompts = len(rows), 1
         field.features, field.prompt, field.frame, field.classes, field.coarse_part = (
             values[rows] for values in (self.features, self.prompt, self.frame, self.classes, self.coarse_part)
@@ -246,13 +253,11 @@ class ImplicitMaskField(MaskField):
         field.fine_part = None if self.fine_part is None else self.fine_part[rows]
         field.coarse_head = self.coarse_head[0][rows], self.coarse_head[1][rows]
         field.lattice_region = self.lattice_region[rows // self.num_prompts]
-        field._threshold = field._lattice = None
         return field
 
     def selecting_from(self, uncertainty: Tensor) -> "ImplicitMaskField":
-        field = copy(self)
+        field = self.as_new()
         field._threshold = selection_threshold(uncertainty.flatten(0, 1), self.config.selection_share)
-        field._lattice = None
         return field
 
     def values(self, coordinates: Tensor, point_areas: Tensor | None = None) -> FieldValues:
@@ -323,11 +328,13 @@ class ImplicitMaskField(MaskField):
 class InterpolatedMaskField(MaskField):
     """
     A grid of logits, interpolated bilinearly: SAM's own mask decoder seen as a field. Its uncertainty is the variance
-    p (1 - p) of the label itself.
+    p (1 - p) of the label itself. It is rendered exactly by default: a value costs no more than to know where to ask.
 
     Args:
         logits: (B, P, M, H, W).
     """
+
+    default_mode = "exact"
 
     def __init__(self, logits: Tensor):
         super().__init__(logits.shape[0], logits.shape[1], logits.device)

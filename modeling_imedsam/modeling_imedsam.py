@@ -110,7 +110,8 @@ class IMedSamModel(IMedSamPreTrainedModel):
             point_weights: (B, P, N), weights of the points in the loss, 1 by default; those of mean 1 that are
                 proportional to the areas make its means those over the whole square.
             num_points: supervise only so many of the labelled points, drawn by their uncertainty (see
-                [`~imedsam.uncertainty.draw_uncertain`]); areas and, if they are given, weights take account of it.
+                [`~imedsam.uncertainty.draw_uncertain`]); areas and, if they are given, weights take account of it:
+                with weights, such as ones for a grid, the cross entropy is unbiased.
             coarse_loss_weight: weight of the coarse field's loss; the merged output's has the rest.
             original_sizes: not used; what the processor returns can be passed as it is.
         """

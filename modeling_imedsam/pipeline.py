@@ -121,6 +121,8 @@ class IMedSamPipeline:
         input_masks: Any = None,
         class_labels: Any = None,
         output_size: Sequence[int] | None = None,
+        region: Sequence[float] | None = None,
+        mode: str | None = None,
         contours: bool = False,
     ) -> Segmentation:
         """
@@ -130,7 +132,10 @@ class IMedSamPipeline:
             input_labels: per prompt and point 1 (inside) or 0 (outside).
             input_masks: per prompt a mask of the image's size.
             class_labels: per prompt the index of its class; all classes by default.
-            output_size: (height, width) of the masks over the whole image; the image's own by default.
+            output_size: (height, width) of the masks; by default that of the region in pixels of the image, rounded.
+            region: the rectangle (x0, y0, x1, y1) of the image that the masks show, and scores are of; all of it by
+                default.
+            mode: "exact" or "adaptive", see [`~imedsam.rendering.render`]; adaptive by default where that is of use.
             contours: whether to find the masks' outlines too.
         """
         image = self._require_image()
@@ -148,13 +153,15 @@ class IMedSamPipeline:
         field = self.model.get_mask_field(
             image["image_embeddings"], **prompts, reshaped_input_sizes=image["reshaped_input_sizes"]
         )
-        region = self.processor.get_image_regions(image["original_sizes"], image["reshaped_input_sizes"])
-        height, width = image["original_sizes"][0].tolist()
-        rendered = field.render((height, width) if output_size is None else output_size, region)
+        (x0, y0, x1, y1), square = self._resolve_region(region)
+        width, height = x1 - x0, y1 - y0
+        if output_size is None:
+            output_size = max(1, round(height)), max(1, round(width))
+        rendered = field.render(output_size, square, mode)
         outlines = None
         if contours:
-            grid = rendered.logits.shape[-2:]
-            (outlines,) = find_contours(field, grid, region, (width / grid[1], height / grid[0]), rendered)
+            pixel = width / output_size[1], height / output_size[0]
+            (outlines,) = find_contours(field, output_size, square, pixel, rendered, origin=(x0, y0))
         logits = rendered.logits[0].cpu().numpy()
         uncertainty, scores = rendered.uncertainty[0].cpu().numpy(), rendered.scores[0].cpu().numpy()
         return Segmentation(logits > 0, logits, uncertainty, scores, outlines)
@@ -191,6 +198,20 @@ class IMedSamPipeline:
             input_points=[[[list(point[:2]) for point in points]]] if points else None,
             input_labels=[[[int(point[2]) for point in points]]] if points else None,
         )
+
+    def _resolve_region(self, region: Sequence[float] | None) -> tuple[list[float], torch.Tensor]:
+        """A rectangle in the image's pixels, by default all of it, as it is and in the model's coordinates, (4,)."""
+        image = self._require_image()
+        height, width = image["original_sizes"][0].tolist()
+        edges = [0.0, 0.0, width, height] if region is None else list(map(float, region))
+        if len(edges) != 4 or not (0 <= edges[0] < edges[2] <= width and 0 <= edges[1] < edges[3] <= height):
+            raise ValueError(
+                "Expected region as x0, y0, x1, y1 with x0 < x1 and y0 < y1 within the image, which is "
+                f"{width} pixels wide and {height} high, got {edges}: cut off what lies outside."
+            )
+        whole = self.processor.get_image_regions(image["original_sizes"], image["reshaped_input_sizes"])[0].double()
+        shares = torch.tensor(edges, dtype=torch.float64) / torch.tensor([width, height, width, height])
+        return edges, whole[:2].tile(2) + (whole[2:] - whole[:2]).tile(2) * shares
 
     def _require_image(self) -> dict[str, torch.Tensor]:
         if self._image is None:

@@ -68,12 +68,12 @@ def render(
         mode: "exact": every pixel. "adaptive": a lattice of 32 x 32 points first (or, of the whole image, of
             `config.selection_lattice` if that is more), then the pixels near a boundary; all other values are
             interpolated. A structure that holds an ellipse of 1.5 / 32 of the grid's height and width is never missed,
-            nor, within the frame of the prompt, a disk of an eighth of its shorter side (or of 1.5 pixels). Adaptive
-            by default, but exact for a field that ranks the grid's pixels (`selection="top_k"`), and for a grid with
-            a side of 32 pixels or fewer.
+            nor, within the frame of the prompt (of an implicit field), a disk of an eighth of its shorter side (or of
+            1.5 pixels). A grid with a side of 32 pixels or fewer is exact. The field's `default_mode` by default:
+            adaptive, but exact for a field that ranks the grid's pixels (`selection="top_k"`) or interpolates another
+            grid (SAM's own decoder).
     """
-    if mode is None:
-        mode = "exact" if field.selects_on_the_grid else "adaptive"
+    mode = field.default_mode if mode is None else mode
     if mode not in RENDER_MODES:
         raise ValueError(f"Expected mode to be one of {', '.join(RENDER_MODES)}, got {mode!r}.")
     if mode == "adaptive" and field.selects_on_the_grid:
@@ -108,7 +108,7 @@ def check_region(region: Tensor | None, field: MaskField) -> Tensor:
     """
     region = torch.as_tensor([-1.0, -1.0, 1.0, 1.0] if region is None else region, dtype=torch.float64)
     if tuple(region.shape) not in ((4,), (1, 4), (field.batch_size, 4)) or not bool(
-        (region[..., 2:] > region[..., :2]).all()
+        (region[..., 2:] > region[..., :2]).all() and (region.abs() < 1 + 1e-6).all()
     ):
         raise ValueError(
             "Expected region as x0, y0, x1, y1 in [-1, 1] with x0 < x1 and y0 < y1, (4,) or (B, 4) with B = "

@@ -227,7 +227,7 @@ def test_a_small_structure_in_its_box_is_found(size, diameter):
 )
 def test_the_smallest_structure_that_is_always_found_in_a_frame(size, side, zoom):
     """A disk of an eighth of the frame's side, or of 1.5 pixels, wherever in it; cells of unequal sides included."""
-    low = torch.tensor([-1.0, 0.3 - zoom])
+    low = torch.tensor([-1.0, 0.7 - 1.7 * zoom])
     region, scale = torch.cat([low, low + 2 * zoom]), torch.tensor([2 / size[1], 2 / size[0]]) * zoom
 
     class Round(Disks):
@@ -298,13 +298,17 @@ def test_a_doubtful_place_is_not_smoothed_over():
 
 
 @pytest.mark.parametrize("mode", RENDER_MODES)
-@pytest.mark.parametrize("limit", [{"PROMPTS_AT_ONCE": 3}, {"PIXELS_AT_ONCE": 2 * 150 * 200}], ids=str)
-def test_prompts_in_chunks(monkeypatch, mode, limit):
+@pytest.mark.parametrize(
+    ("name", "value", "at_once"), [("PROMPTS_AT_ONCE", 3, 3), ("PIXELS_AT_ONCE", 2 * 150 * 200, 2)]
+)
+def test_prompts_in_chunks(monkeypatch, mode, name, value, at_once):
     region = torch.tensor([[-0.9, -0.5, 0.7, 1.0], [0.0, 0.0, 1.0, 1.0]])
     together = render(Shapes(), (150, 200), region, mode)
-    for name, value in limit.items():
-        monkeypatch.setattr(imedsam.rendering, name, value)
+    monkeypatch.setattr(imedsam.rendering, name, value)
+    rows, at = [], Shapes.at
+    monkeypatch.setattr(Shapes, "at", lambda field, chosen: rows.append(len(chosen)) or at(field, chosen))
     parts = render(Shapes(), (150, 200), region, mode)
+    assert max(rows) == at_once
     for name, values in vars(together).items():
         assert_close(getattr(parts, name), values)
 

@@ -114,12 +114,12 @@ def test_what_the_edge_cuts_is_closed_along_it():
     assert find_contours(Field(lambda x, y: -torch.ones_like(x)), (10, 20)) == [[[[]]]]
 
 
-def test_a_region_and_a_spacing():
+def test_a_region_a_spacing_and_an_origin():
     field = Field(lambda x, y: 5 * (1 - ellipse_level(x, y)))
     region = torch.tensor([-0.5, -1.0, 1.0, 0.5])
     ((((whole,),),),) = find_contours(field, (400, 400))
-    ((((part,),),),) = find_contours(field, (300, 300), region, spacing=(0.5, 2.0))
-    in_part = part.exterior / [0.5, 2.0] + [100, 0]
+    ((((part,),),),) = find_contours(field, (300, 300), region, spacing=(0.5, 2.0), origin=(50.0, 0.0))
+    in_part = part.exterior / [0.5, 2.0]
     inner = (in_part[:, 0] > 101) & (in_part[:, 1] < 299)
     assert inner.sum() > 300
     assert distances_to_curve(in_part[inner], whole.exterior).max() < 0.02
@@ -165,7 +165,9 @@ def test_geojson_by_hand():
 
 
 def test_coco_by_hand():
-    annotation = to_coco([Contour(SQUARE, []), Contour(SQUARE + [5, 1], [])], np.zeros((4, 9), dtype=bool))
+    mask = np.zeros((4, 9), dtype=bool)
+    mask[:3, :4] = mask[1:, 5:] = True
+    annotation = to_coco([Contour(SQUARE, []), Contour(SQUARE + [5, 1], [])], mask)
     assert annotation["segmentation"] == [[0, 0, 4, 0, 4, 3, 0, 3], [5, 1, 9, 1, 9, 4, 5, 4]]
     assert annotation["area"] == 24 and annotation["bbox"] == [0, 0, 9, 4]
     mask = np.array([[1, 1, 1, 1, 0], [1, 0, 0, 1, 0], [1, 1, 1, 1, 0]], dtype=bool)
@@ -180,6 +182,21 @@ def test_runs_of_pixels_are_read_back(shape):
     rng = np.random.default_rng(0)
     for _ in range(20):
         mask = rng.random(shape) < 0.6
-        counts = to_coco([Contour(SQUARE, [HOLE])], mask)["segmentation"]["counts"]
+        mask[0, 0] = mask[-1, -1] = True
+        corners = np.array([[0.0, 0.0], shape[::-1]])
+        counts = to_coco([Contour(corners, [HOLE])], mask)["segmentation"]["counts"]
         values = np.repeat(np.arange(len(counts)) % 2, counts).astype(bool)
         assert np.array_equal(values.reshape(shape[::-1]).T, mask)
+
+
+def test_coco_refuses_the_mask_of_another_frame():
+    field = Field(lambda x, y: 5 * (1 - ellipse_level(x, y)))
+    window = torch.tensor([-0.5, -0.5, 0.8, 0.5])
+    rendered = field.render((100, 130), window)
+    ((((contour,),),),) = find_contours(field, (100, 130), window, rendered=rendered)
+    mask = (rendered.logits[0, 0, 0] > 0).numpy()
+    assert to_coco([contour], mask)["area"] == pytest.approx(mask.sum(), rel=0.01)
+    ((((elsewhere,),),),) = find_contours(field, (100, 130), window, rendered=rendered, origin=(50.0, 50.0))
+    for contours in ([elsewhere], []):
+        with pytest.raises(ValueError, match=r"Expected the mask that the contours are of, .* and a mask in \["):
+            to_coco(contours, mask)

@@ -265,6 +265,21 @@ def test_exact_rendering_against_the_naive_networks(make_field, size, region, dt
     assert masks.logits.dtype == masks.uncertainty.dtype == dtype
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("prompts_at_once", [1, 4])
+def test_prompts_are_rendered_as_all_together(make_field, monkeypatch, dtype, tolerance, prompts_at_once):
+    """One prompt takes other ways through the layers than several."""
+    field = make_field(num_labels=2, dtype=dtype)
+    together = field.render((40, 50), mode="exact")
+    monkeypatch.setattr(imedsam.rendering, "PROMPTS_AT_ONCE", prompts_at_once)
+    for name in ("logits", "coarse_logits", "uncertainty"):
+        expected = getattr(together, name)
+        assert_close(getattr(field.render((40, 50), mode="exact"), name), expected, atol=tolerance, rtol=0)
+        alone = field.at(torch.tensor([4])).render((40, 50), mode="exact")
+        assert_close(getattr(alone, name)[0, 0], expected[1, 1], atol=tolerance, rtol=0)
+
+
 # The field: one function of position
 
 
@@ -424,7 +439,10 @@ def test_dropout_acts_while_training_alone(make_field):
 def test_the_threshold_is_taken_of_some_prompts_at_a_time(make_field, monkeypatch):
     expected = make_field(num_labels=2).threshold
     monkeypatch.setattr(imedsam.mask_field, "LATTICES_AT_ONCE", 2)
+    asked, rows_of = [], ImplicitMaskField._rows
+    monkeypatch.setattr(ImplicitMaskField, "_rows", lambda of, rows: asked.append(len(rows)) or rows_of(of, rows))
     assert_close(make_field(num_labels=2).threshold, expected)
+    assert asked == [2, 1, 2, 1]  # of the three prompts of two images
 
 
 @torch.no_grad()

@@ -418,7 +418,12 @@ def test_many_prompts_are_fused_in_parts(model, inputs, monkeypatch):
     labels[0, 2, 1:] = labels[1, 3, 2:] = -10
     whole = model.get_mask_field(embeddings, input_points=points, input_labels=labels)
     monkeypatch.setattr(imedsam.prompt_fusion, "PROMPTS_AT_ONCE", 3)
+    asked, fuse = [], model.mask_decoder._fuse
+    monkeypatch.setattr(
+        model.mask_decoder, "_fuse", lambda images, *of: asked.append(len(images)) or fuse(images, *of)
+    )
     parts = model.get_mask_field(embeddings, input_points=points, input_labels=labels)
+    assert max(asked) == 3 and sum(asked) == 10
     assert_close(parts.features, whole.features)
     assert (whole.features[0] - whole.features[1]).abs().max() > 1e-3
 

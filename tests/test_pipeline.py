@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.spatial import cKDTree
 from typer.testing import CliRunner
 
 from imedsam import IMedSamImageProcessor, IMedSamModel, IMedSamPipeline, IMedSamProcessor
-from imedsam.training.cli import app
+from imedsam.rendering import RENDER_MODES
+from imedsam.training.cli import Mode, app
 from imedsam.training.pictures import displayable, draw_curves, outline, overlay, uncertainty_picture
 from imedsam.training.predict import read_image
 
@@ -86,6 +89,43 @@ def test_prompts_are_answered_on_one_encoding(pipeline, image, monkeypatch):
     assert pipeline.predict(input_boxes=[BOX], output_size=(100, 30)).masks.shape == (1, 1, 100, 30)
 
 
+def test_a_region_is_a_window_on_the_same_masks(pipeline, image):
+    """At one pixel per pixel its values are those of the whole image; its outlines are in the image's pixels too."""
+    prompts = {"input_boxes": [BOX], "mode": "exact", "contours": True}
+    pipeline.set_image(image)
+    whole, window = pipeline.predict(**prompts), pipeline.predict(**prompts, region=(20, 10, 60, 30))
+    assert window.masks.shape == (1, 1, 20, 40)
+    np.testing.assert_allclose(window.logits, whole.logits[..., 10:30, 20:60], atol=1e-4)
+    everything = pipeline.predict(**prompts, region=(0, 0, image.width, image.height))
+    np.testing.assert_array_equal(everything.logits, whole.logits)
+    points = [
+        np.concatenate([ring for outline in one.contours[0][0] for ring in (outline.exterior, *outline.holes)])
+        for one in (whole, window)
+    ]
+    for one, other in (points, points[::-1]):
+        inner = one[((one > [22, 12]) & (one < [58, 28])).all(axis=1)]
+        assert len(inner) > 20 and cKDTree(other).query(inner)[0].max() < 0.02
+
+    zoomed = pipeline.predict(**prompts, region=(20, 10, 60, 30), output_size=(60, 120))
+    np.testing.assert_allclose(zoomed.logits[..., 1::3, 1::3], window.logits, atol=1e-4)  # the same centres
+    points = np.concatenate([outline.exterior for outline in zoomed.contours[0][0]])
+    assert points.min() >= 10 and (points.min(axis=0) >= [20, 10]).all() and (points.max(axis=0) <= [60, 30]).all()
+    for region in ((20, 10, 20, 30), (20, 10, 90, 30), (-1, 10, 60, 30), (60, 30, 20, 10), (20, 10)):
+        with pytest.raises(ValueError, match=r"80 pixels wide and 50 high, got \["):
+            pipeline.predict(**prompts, region=region)
+
+
+def test_the_mode_of_rendering_can_be_chosen(pipeline, image):
+    pipeline.set_image(image)
+    masks = {
+        mode: pipeline.predict(input_boxes=[BOX], mode=mode, output_size=(200, 320)) for mode in ("exact", "adaptive")
+    }
+    assert not np.array_equal(masks["exact"].logits, masks["adaptive"].logits)
+    assert (masks["exact"].masks == masks["adaptive"].masks).mean() > 0.95  # a new field is ragged
+    default = pipeline.predict(input_boxes=[BOX], output_size=(200, 320))
+    np.testing.assert_array_equal(default.logits, masks["adaptive"].logits)
+
+
 def test_undo_takes_back_the_last_prompt(pipeline, image):
     pipeline.set_image(image)
     box = pipeline.add_box(BOX)
@@ -148,11 +188,27 @@ def test_predict_on_a_folder_at_another_size(folder, image, tmp_path):
     image.convert("L").save(tmp_path / "in" / "b.jpg")
     (tmp_path / "boxes.json").write_text(json.dumps({"a.png": [BOX, [0, 0, 20, 20]], "b.jpg": [BOX]}))
     arguments = ["--model", folder, "--image", tmp_path / "in", "--boxes", tmp_path / "boxes.json"]
-    result = run(*arguments, "--size", 25, 40, "-o", tmp_path / "out")
+    result = run(*arguments, "--size", 25, 40, "--mode", "exact", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert read_image(tmp_path / "out" / "a_mask_2.png").size == (40, 25)
     assert read_image(tmp_path / "out" / "b_mask.png").size == (40, 25)
     assert not (tmp_path / "out" / "b_mask_2.png").exists()
+
+
+@pytest.mark.parametrize("mode", ["exact", "adaptive", None])
+def test_predict_renders_in_the_mode_that_is_asked_for(folder, image, tmp_path, pipeline, mode):
+    image.save(tmp_path / "a.png")
+    arguments = ["--model", folder, "--image", tmp_path / "a.png", "--box", *BOX, "--size", 200, 320]
+    result = run(*arguments, *([] if mode is None else ["--mode", mode]), "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    uncertainties = {
+        key: pipeline(image, input_boxes=[BOX], output_size=(200, 320), mode=key).uncertainty.mean()
+        for key in ("exact", "adaptive")
+    }
+    assert uncertainties["exact"] != pytest.approx(uncertainties["adaptive"], rel=1e-6)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["a.png"]["masks"][0]["uncertainty"] == pytest.approx(uncertainties[mode or "adaptive"], rel=1e-6)
+    assert get_args(Mode) == RENDER_MODES
 
 
 def test_predict_writes_outlines_in_the_images_pixels(folder, image, tmp_path, pipeline):
@@ -239,6 +295,7 @@ def test_photographs_are_turned_as_viewers_show_them(tmp_path):
         (["--image", "a.png", "--box", *BOX, "--class", "liver"], "got 'liver'"),
         (["--image", "a.png", "--box", *BOX, "--spacing", 1, 1], "together with --contours, got (1.0, 1.0)"),
         (["--image", "a.png", "--box", *BOX, "--contours", "a.json", "--spacing", 0, 1], "to be positive"),
+        (["--image", "a.png", "--box", *BOX, "--mode", "fast"], "'fast'"),
         (["--image", "a.png", "--box", *BOX, "--model", "no/such/folder"], "no/such/folder"),
     ],
 )

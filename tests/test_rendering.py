@@ -106,6 +106,8 @@ def test_refused_sizes(size):
         [float("nan"), 0.0, 1.0, 1.0],
         [0.0, 0.0, 1.0],
         [0.5, 0.0, 0.5, 1.0],
+        [-1.1, 0.0, 0.5, 1.0],
+        [0.0, 0.0, float("inf"), 1.0],
         [0.0, 1.0, 1.0, -1.0],
         [[[0, 0, 1, 1]]],
         [[0, 0, 1, 1]] * 3,
@@ -136,7 +138,7 @@ def test_scores_by_hand():
     assert RenderedMasks(unsure, unsure, unsure, 4).scores.item() == 0.0  # empty, though half is expected
 
 
-@pytest.mark.parametrize("size", [(7, 7), (16, 16), (50, 30)])
+@pytest.mark.parametrize("size", [(7, 7), (16, 16), (50, 30), (200, 150)])
 def test_an_interpolated_field_is_bilinear_interpolation(size):
     logits = torch.randn(2, 3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     masks = InterpolatedMaskField(logits).render(size)
@@ -144,6 +146,16 @@ def test_an_interpolated_field_is_bilinear_interpolation(size):
     assert_close(masks.logits, expected, atol=1e-4, rtol=1e-4)
     p = expected.sigmoid()
     assert_close(masks.uncertainty, p * (1 - p), atol=1e-4, rtol=1e-4)
+
+
+def test_an_interpolated_field_loses_no_small_structure():
+    """A block of 2 x 2 numbers between the points of adaptive rendering's lattice."""
+    logits = torch.full((1, 1, 1, 96, 96), -10.0)
+    logits[..., 47:49, 47:49] = 10.0
+    field = InterpolatedMaskField(logits)
+    default, exact, adaptive = (field.render((384, 384), mode=mode).logits > 0 for mode in (None, "exact", "adaptive"))
+    assert torch.equal(default, exact) and exact.sum() == 60
+    assert not adaptive.any()  # why that is not the default
 
 
 def test_an_interpolated_field_in_half_precision_knows_where_it_is():

@@ -1,9 +1,11 @@
 """The command `imedsam`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+Mode = Literal["exact", "adaptive"]  # of rendering
 
 app = typer.Typer(
     help="I-MedSAM: medical image segmentation with Segment Anything and an implicit decoder.",
@@ -40,6 +42,9 @@ def predict(
     ] = None,
     window: Annotated[
         tuple[float, float] | None, typer.Option(help="Low and high of the intensities, for 16-bit and float images.")
+    ] = None,
+    mode: Annotated[
+        Mode | None, typer.Option(help="Evaluate all pixels, or only near boundaries: the default where possible.")
     ] = None,
     class_name: Annotated[
         str | None, typer.Option("--class", help="Name of the class to segment; the best-scored one by default.")
@@ -85,7 +90,17 @@ def predict(
         if class_name is not None and class_name not in classes:
             raise ValueError(f"Expected --class to be one of {', '.join(classes)}, got {class_name!r}.")
         class_label = None if class_name is None else classes[class_name]
-        report = predict_files(pipeline, prompts, output, size, window, class_label, contours, spacing)
+        report = predict_files(
+            pipeline,
+            prompts,
+            output,
+            size=size,
+            mode=mode,
+            window=window,
+            class_label=class_label,
+            contours=contours,
+            spacing=spacing,
+        )
     except SafetensorError as error:
         message = f"Expected a whole checkpoint at {model}, got a damaged one ({error}): copy or download it again."
         raise typer.BadParameter(message) from error
@@ -115,7 +130,7 @@ def evaluate(
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in millimetres or pixels.")] = 1.0,
     compare: Annotated[str | None, typer.Option(help="Folder or Hub name of another model.")] = None,
-    mode: Annotated[str, typer.Option(help="exact, or adaptive: only near the boundaries, faster.")] = "exact",
+    mode: Annotated[Mode, typer.Option(help="Evaluate all pixels, or only near boundaries: faster.")] = "exact",
     num_images: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images encoded at once.", min=1)] = 8,
     seed: Annotated[

@@ -22,6 +22,7 @@ def predict_files(
     boxes: Mapping[Path, Sequence[Box]],
     output_dir: Path,
     size: tuple[int, int] | None = None,
+    mode: str | None = None,
     window: tuple[float, float] | None = None,
     class_label: int | None = None,
     contours: Path | None = None,
@@ -34,6 +35,7 @@ def predict_files(
     Args:
         boxes: the boxes (x0, y0, x1, y1) to prompt with, in pixels of each image.
         size: (height, width) of what is written; each image's own by default.
+        mode: of rendering, "exact" or "adaptive"; adaptive where that is possible by default.
         window: (low, high) of the intensities to see, for 16-bit and float images.
         class_label: index of the class to segment; by default each box gets the class with the best score.
         contours: a GeoJSON file to write the masks' outlines to.
@@ -58,7 +60,7 @@ def predict_files(
             prompts: dict = {"input_boxes": [[list(box) for box in image_boxes]]}
             if class_label is not None:
                 prompts["class_labels"] = [[class_label] * len(image_boxes)]
-            segmentation = pipeline.predict(**prompts, output_size=size, contours=contours is not None)
+            segmentation = pipeline.predict(**prompts, output_size=size, mode=mode, contours=contours is not None)
         except ValueError as error:  # the other images' results are not lost for it
             errors.append(f"{path}: {error}")
             continue
