@@ -9,7 +9,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from copy import copy
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -37,11 +36,12 @@ FIELD_TRAINING = (
 )
 
 
-def parse_args(description: str) -> argparse.Namespace:
+def parse_args(description: str, takes_model: bool = True) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="Under a minute; its figures are not kept.")
     parser.add_argument("--check", action="store_true", help="Exit with 1 if a goal is missed.")
-    parser.add_argument("--model", type=Path, help="A trained model's folder; by default one is trained before.")
+    if takes_model:
+        parser.add_argument("--model", type=Path, help="A trained model's folder; by default one is trained before.")
     parser.add_argument("--output_dir", type=Path, help="By default benchmarks/, or outputs/benchmarks with --quick.")
     args = parser.parse_args()
     args.output_dir = args.output_dir or (Path("outputs/benchmarks") if args.quick else FOLDER)
@@ -55,7 +55,7 @@ def measure(functions: dict[str, Callable[[], object]], rounds: int, warm_up: in
     Times functions in turns, so that what else the machine does falls on all of them alike.
 
     Returns:
-        For each, `seconds` and `cpu_seconds` (medians) and `rounds`, the seconds of every round.
+        For each, `seconds` and `cpu_seconds` (medians), and `rounds` and `cpu_rounds`, those of every round.
     """
     for function in functions.values():
         for _ in range(warm_up):
@@ -73,14 +73,15 @@ def measure(functions: dict[str, Callable[[], object]], rounds: int, warm_up: in
             "seconds": statistics.median(wall[name]),
             "cpu_seconds": statistics.median(cpu[name]),
             "rounds": wall[name],
+            "cpu_rounds": cpu[name],
         }
         for name in functions
     }
 
 
-def ratio(over: dict, under: dict) -> float:
+def ratio(over: dict, under: dict, times: str = "rounds") -> float:
     """The median over the rounds of one function's time over another's in the same round."""
-    return statistics.median(a / b for a, b in zip(over["rounds"], under["rounds"], strict=True))
+    return statistics.median(a / b for a, b in zip(over[times], under[times], strict=True))
 
 
 def peak_memory(function: Callable[[], object]) -> int | None:
@@ -181,13 +182,6 @@ def median_first(fields: list[MaskField]) -> list[int]:
     return sorted(range(len(fields)), key=lambda number: number != median)
 
 
-def as_new(field: MaskField) -> MaskField:
-    """A field that has not taken its threshold yet: the first rendering pays for it."""
-    field = copy(field)
-    field._threshold = field._lattice = None
-    return field
-
-
 def save_start() -> str:
     """
     The folder of an untrained model: a small encoder at 128 pixels below prompt fusion and fields of the paper's
@@ -233,8 +227,8 @@ def finish(name: str, args: argparse.Namespace, results: dict, goals: Goals, fig
             **{library: version(library) for library in ("imedsam", "torch", "transformers", "peft")},
         },
         "seed": SEED,
-        "model": str(args.model or "trained for the benchmark"),
         "goals": goals.rows,
+        **({"model": str(args.model or "trained for the benchmark")} if "model" in args else {}),
         **results,
     }
     FigureCanvasAgg(figure)

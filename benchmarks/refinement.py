@@ -9,7 +9,6 @@ the others.
 About 15 minutes on two cores, and counts alone: it may share them.
 """
 
-from contextlib import contextmanager
 from unittest.mock import patch
 
 import numpy as np
@@ -67,7 +66,10 @@ def compare(field, size, settings) -> dict[str, dict[str, float]]:
     exact, figures = field.render(size, mode="exact"), {}
     for name, constants in settings.items():
         # Every setting evaluates the first lattice itself: the threshold's may be another.
-        with changed(constants), patch.object(ImplicitMaskField, "known_lattice", return_value=None):
+        with (
+            patch.dict(vars(imedsam.adaptive_rendering), constants),
+            patch.object(ImplicitMaskField, "known_lattice", return_value=None),
+        ):
             adaptive = field.render(size, mode="adaptive")
         figures[name] = {
             "points": adaptive.num_points,
@@ -75,16 +77,6 @@ def compare(field, size, settings) -> dict[str, dict[str, float]]:
             "uncertainty_error": float((adaptive.uncertainty - exact.uncertainty).abs().max()),
         }
     return figures
-
-
-@contextmanager
-def changed(constants):
-    before = {name: getattr(imedsam.adaptive_rendering, name) for name in constants}
-    try:
-        vars(imedsam.adaptive_rendering).update(constants)
-        yield
-    finally:
-        vars(imedsam.adaptive_rendering).update(before)
 
 
 def plot(rows) -> Figure:

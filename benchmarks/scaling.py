@@ -9,7 +9,7 @@ About 5 minutes on two cores.
 
 import numpy as np
 import torch
-from harness import Goals, as_new, finish, make_field, measure, parse_args, ratio, trained_pipeline
+from harness import Goals, finish, make_field, measure, parse_args, ratio, trained_pipeline
 from matplotlib.figure import Figure
 
 SIZES = (384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -38,7 +38,7 @@ def main() -> None:
 @torch.no_grad()
 def measure_image(field, sizes, quick) -> dict[str, list[float]]:
     """Of a field that is new each time, as a new prompt's is: the lattice of its threshold counts with the points."""
-    functions = {size: lambda size=size: as_new(field).render((size, size), mode="adaptive") for size in sizes}
+    functions = {size: lambda size=size: field.as_new().render((size, size), mode="adaptive") for size in sizes}
     times = measure({str(size): function for size, function in functions.items()}, rounds=1 if quick else 3)
     return {
         "seconds": [times[str(size)]["seconds"] for size in sizes],
