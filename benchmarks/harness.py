@@ -210,6 +210,10 @@ class Goals:
     def at_least(self, name: str, figure: float, target: float, unit: str = "") -> None:
         self._add(name, figure, f"at least {target:g}{unit}", figure >= target, unit)
 
+    def not_measured(self, name: str, why: str) -> None:
+        self.rows.append({"name": name, "figure": None, "target": None, "met": False})
+        print(f"goal {name}: not measured ({why}) missed", flush=True)
+
     def _add(self, name, figure, target, met, unit):
         self.rows.append({"name": name, "figure": figure, "target": target, "met": bool(met)})
         print(f"goal {name}: {figure:.4g}{unit} ({target}) {'met' if met else 'missed'}", flush=True)

@@ -65,6 +65,9 @@ def find_contours(
     """
     field = field.eval()
     rendered = render(field, output_size, region) if rendered is None else rendered
+    if (size := tuple(rendered.logits.shape[-2:])) != tuple(output_size):
+        expected = tuple(output_size)
+        raise ValueError(f"Expected rendered masks of the output_size {expected}, got {size}: give theirs.")
     if field.selects_on_the_grid:
         field = field.selecting_from(rendered.uncertainty.flatten(-2))  # the threshold of the masks
     height, width = rendered.logits.shape[-2:]
@@ -95,7 +98,7 @@ def find_contours(
         points = np.array(origin) + points.clip(0, [width, height]) * np.array(spacing)
         curves = iter(np.split(points, np.cumsum([n for component in rings for n in component])[:-1]))
         for (row, mask), ring_lengths in zip(owners, rings, strict=True):
-            exterior, *holes = (next(curves) for _ in ring_lengths)
+            exterior, *holes = (_closed(next(curves)) for _ in ring_lengths)
             components[row][mask].append(Contour(exterior, holes))
     for row_components in components:
         for found in row_components:
@@ -131,32 +134,38 @@ def to_coco(contours: Sequence[Contour], mask: np.ndarray) -> dict:
             of pixels, not compressed.
 
     Raises:
-        ValueError: contours that are not those of the mask, or in another frame, such as of a part of the image.
+        ValueError: a mask of another shape, or that cannot be the contours': its area differs by more than its outline
+            can explain, or pixels lie outside of their box, as in a mask of another size or of a part of the image.
     """
+    mask = np.asarray(mask)
+    if mask.ndim != 2:
+        raise ValueError(
+            f"Expected one mask (H, W), got an array of shape {mask.shape}: take one prompt's, one class's."
+        )
     points = np.concatenate([contour.exterior for contour in contours]) if contours else np.zeros((1, 2))
     low, high = points.min(axis=0), points.max(axis=0)
-    box, pixel_box = np.concatenate([low, high]), _pixel_box(mask)
-    if np.abs(box - pixel_box).max() > 1:
+    area = sum(contour.area for contour in contours)
+    rings = [ring for contour in contours for ring in (contour.exterior, *contour.holes)]
+    length = sum(np.linalg.norm(np.diff(ring, axis=0), axis=-1).sum() for ring in rings)
+    centres = np.argwhere(mask)[:, ::-1] + 0.5
+    if abs(area - len(centres)) > length + len(rings) or ((centres < low - 1) | (centres > high + 1)).any():
         raise ValueError(
-            "Expected the mask that the contours are of, in its pixels, got contours in the box "
-            f"{box.round(1).tolist()} and a mask in {pixel_box.tolist()}: take both of the whole image, at its size."
+            f"Expected the mask that the contours are of, in its pixels, got contours of area {area:.1f} from "
+            f"{low.round(1).tolist()} to {high.round(1).tolist()} and a mask of {len(centres)} pixels out of "
+            f"{mask.shape[1]} x {mask.shape[0]}: take both of the whole image, at its own size."
         )
     segmentation: Any = [contour.exterior[:-1].flatten().tolist() for contour in contours]
     if any(contour.holes for contour in contours):
-        pixels = np.concatenate([[0], mask.T.flatten().astype(np.int8), [0]])  # column by column, from a run of 0
-        changes = np.flatnonzero(np.diff(pixels))
-        ends = np.concatenate([changes, [mask.size]]) if not mask[-1, -1] else changes
-        segmentation = {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
-    area = sum(contour.area for contour in contours)
+        segmentation = {"size": list(mask.shape), "counts": _run_lengths(mask)}
     return {"segmentation": segmentation, "area": area, "bbox": [*low.tolist(), *(high - low).tolist()]}
 
 
-def _pixel_box(mask: np.ndarray) -> np.ndarray:
-    """x0, y0, x1, y1 around the pixels of a mask; zeros if there are none."""
-    rows, columns = mask.nonzero()
-    if not len(rows):
-        return np.zeros(4)
-    return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=float)
+def _run_lengths(mask: np.ndarray) -> list[int]:
+    """Column by column, of 0 and 1 in turn, from a run of 0."""
+    pixels = np.concatenate([[0], mask.T.flatten().astype(np.int8), [0]])
+    changes = np.flatnonzero(np.diff(pixels))
+    ends = np.concatenate([changes, [mask.size]]) if not mask[-1, -1] else changes
+    return np.diff(ends, prepend=0).tolist()
 
 
 def _with_border(logits, x, y, logits_at):
@@ -223,6 +232,12 @@ def _nearest_line(lines: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np
     """Index of the nearest of ascending lines, and the distance from it, with its sign."""
     index = np.searchsorted((lines[:-1] + lines[1:]) / 2, places)
     return index, places - lines[index]
+
+
+def _closed(ring: np.ndarray) -> np.ndarray:
+    """Its last point was found apart from its first, and may differ by rounding."""
+    ring[-1] = ring[0]
+    return ring
 
 
 def _signed_area(ring: np.ndarray) -> float:

@@ -87,9 +87,13 @@ class MaskField(ABC):
 
     def eval(self) -> "MaskField":
         """This field as it is after training."""
-        field = copy(self)
+        field = self.as_new()
         field.evaluating = True
         return field
+
+    def as_new(self) -> "MaskField":
+        """This field without what it has found out while it was asked."""
+        return copy(self)
 
     def known_lattice(self, region: Tensor) -> Tensor | None:
         """
@@ -224,10 +228,9 @@ class ImplicitMaskField(MaskField):
     def eval(self) -> "ImplicitMaskField":
         if not self.training:
             return self  # so that the threshold is taken once
-        return cast(ImplicitMaskField, super().eval()).as_new()
+        return cast(ImplicitMaskField, super().eval())
 
     def as_new(self) -> "ImplicitMaskField":
-        """This field before it has taken its threshold."""
         field = copy(self)
         field._threshold = field._lattice = None
         return field

@@ -156,7 +156,8 @@ class IMedSamModel(IMedSamPreTrainedModel):
         (B, 3, S, S) -> (B, 256, S / patch, S / patch), with gradients where they are enabled.
 
         Args:
-            reshaped_input_sizes: (B, 2), height and width of each image inside a padded square.
+            reshaped_input_sizes: (B, 2), height and width of each image inside a padded square. Leave them out where
+                images fill it, to compile this as one graph: their values decide what is computed.
         """
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):

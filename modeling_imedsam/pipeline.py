@@ -203,11 +203,11 @@ class IMedSamPipeline:
         """A rectangle in the image's pixels, by default all of it, as it is and in the model's coordinates, (4,)."""
         image = self._require_image()
         height, width = image["original_sizes"][0].tolist()
-        edges = [0.0, 0.0, width, height] if region is None else list(map(float, region))
+        edges = [0.0, 0.0, width, height] if region is None else _read_numbers(region)
         if len(edges) != 4 or not (0 <= edges[0] < edges[2] <= width and 0 <= edges[1] < edges[3] <= height):
             raise ValueError(
-                "Expected region as x0, y0, x1, y1 with x0 < x1 and y0 < y1 within the image, which is "
-                f"{width} pixels wide and {height} high, got {edges}: cut off what lies outside."
+                "Expected region as four numbers x0, y0, x1, y1 with x0 < x1 and y0 < y1 within the image, which is "
+                f"{width} pixels wide and {height} high, got {region}: give pixels of the image as it was passed."
             )
         whole = self.processor.get_image_regions(image["original_sizes"], image["reshaped_input_sizes"])[0].double()
         shares = torch.tensor(edges, dtype=torch.float64) / torch.tensor([width, height, width, height])
@@ -217,3 +217,12 @@ class IMedSamPipeline:
         if self._image is None:
             raise ValueError("Expected an image to prompt on, got none: call set_image(image) first.")
         return self._image
+
+
+def _read_numbers(values: Any) -> list[float]:
+    """None of them if they are not numbers in a row."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        return []
+    return array.astype(float).tolist() if array.ndim == 1 and array.dtype.kind in "iuf" else []

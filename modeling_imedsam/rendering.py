@@ -33,7 +33,8 @@ class RenderedMasks:
         logits: foreground where positive.
         coarse_logits: the coarse field's alone. Adaptive rendering does not follow their boundary, where that is not
             the mask's.
-        uncertainty: variance of the probability.
+        uncertainty: variance of the probability. Away from boundaries adaptive rendering interpolates it, as the
+            logits, and `scores` are of what it gives: compare them with those of the same mode.
         num_points: points at which values were asked for, of all images and prompts; those of the lattice on which the
             threshold is taken, which every rendering needs, are not among them.
     """
@@ -106,7 +107,10 @@ def check_region(region: Tensor | None, field: MaskField) -> Tensor:
     """
     The rectangle x0, y0, x1, y1 to render of each image, (B, 4), in `position_dtype`, from what `render` takes.
     """
-    region = torch.as_tensor([-1.0, -1.0, 1.0, 1.0] if region is None else region, dtype=torch.float64)
+    try:
+        region = torch.as_tensor([-1.0, -1.0, 1.0, 1.0] if region is None else region, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected region as numbers x0, y0, x1, y1, got {region!r}: {error}.") from error
     if tuple(region.shape) not in ((4,), (1, 4), (field.batch_size, 4)) or not bool(
         (region[..., 2:] > region[..., :2]).all() and (region.abs() < 1 + 1e-6).all()
     ):
@@ -118,9 +122,14 @@ def check_region(region: Tensor | None, field: MaskField) -> Tensor:
 
 
 def _check_size(output_size: Sequence[int]) -> tuple[int, int]:
-    sides = np.asarray(output_size)
+    try:
+        sides = np.asarray(output_size)
+    except ValueError:  # rows of different lengths
+        sides = np.empty(0)
     if sides.shape != (2,) or not np.issubdtype(sides.dtype, np.integer) or (sides < 1).any():
-        raise ValueError(f"Expected output_size as (height, width), both at least 1, got {output_size}.")
+        raise ValueError(
+            f"Expected output_size as (height, width), both at least 1, got {output_size}: give two integers."
+        )
     return int(sides[0]), int(sides[1])
 
 

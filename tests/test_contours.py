@@ -9,7 +9,8 @@ from known_fields import KnownField
 from scipy.spatial import cKDTree
 from torch.testing import assert_close
 
-from imedsam.contours import Contour, find_contours, to_coco, to_geojson
+from imedsam import IMedSamModel
+from imedsam.contours import Contour, _run_lengths, find_contours, to_coco, to_geojson
 from imedsam.mask_field import FieldValues
 
 
@@ -182,9 +183,7 @@ def test_runs_of_pixels_are_read_back(shape):
     rng = np.random.default_rng(0)
     for _ in range(20):
         mask = rng.random(shape) < 0.6
-        mask[0, 0] = mask[-1, -1] = True
-        corners = np.array([[0.0, 0.0], shape[::-1]])
-        counts = to_coco([Contour(corners, [HOLE])], mask)["segmentation"]["counts"]
+        counts = _run_lengths(mask)
         values = np.repeat(np.arange(len(counts)) % 2, counts).astype(bool)
         assert np.array_equal(values.reshape(shape[::-1]).T, mask)
 
@@ -197,6 +196,48 @@ def test_coco_refuses_the_mask_of_another_frame():
     mask = (rendered.logits[0, 0, 0] > 0).numpy()
     assert to_coco([contour], mask)["area"] == pytest.approx(mask.sum(), rel=0.01)
     ((((elsewhere,),),),) = find_contours(field, (100, 130), window, rendered=rendered, origin=(50.0, 50.0))
-    for contours in ([elsewhere], []):
-        with pytest.raises(ValueError, match=r"Expected the mask that the contours are of, .* and a mask in \["):
-            to_coco(contours, mask)
+    ((((zoomed,),),),) = find_contours(field, (100, 130), window, rendered=rendered, spacing=(1.5, 1.5))
+    square = np.zeros((100, 130), dtype=bool)
+    (x0, y0), (x1, y1) = contour.exterior.min(axis=0).round().astype(int), contour.exterior.max(axis=0).astype(int)
+    square[y0:y1, x0:x1] = True
+    for contours, other in (
+        ([elsewhere], mask),
+        ([zoomed], mask),
+        ([], mask),
+        ([contour], ~mask),
+        ([contour], square),
+    ):
+        with pytest.raises(
+            ValueError, match=r"Expected the mask that the contours are of, .* pixels out of 130 x 100"
+        ):
+            to_coco(contours, other)
+    with pytest.raises(ValueError, match=r"Expected one mask \(H, W\), got an array of shape \(1, 1, 100, 130\)"):
+        to_coco([contour], mask[None, None])
+
+
+def test_coco_takes_components_without_a_pixel():
+    """A strip along the edge, thinner than half a pixel, and a disk."""
+    field = Field(lambda x, y: 20 * torch.maximum(0.3 - (x**2 + y**2).sqrt(), -0.995 - y))
+    rendered = field.render((100, 100))
+    ((((disk, strip),),),) = find_contours(field, (100, 100), rendered=rendered)
+    assert strip.area < 50 and strip.exterior[:, 1].max() < 0.5
+    mask = (rendered.logits[0, 0, 0] > 0).numpy()
+    assert mask[0].sum() == 0 and to_coco([disk, strip], mask)["bbox"][:2] == [0, 0]
+
+
+def test_every_ring_is_closed(randomised, tiny_config):
+    """Also where its first and last vertex are found in different tiles."""
+    model = randomised(IMedSamModel(tiny_config()), 0).eval()
+    with torch.no_grad():
+        embeddings = model.get_image_embeddings(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+        field = model.get_mask_field(embeddings, torch.tensor([[[8.0, 8.0, 50.0, 40.0]]]))
+        ((((*contours,),),),) = find_contours(field, (300, 300))
+    rings = [ring for contour in contours for ring in (contour.exterior, *contour.holes)]
+    assert len(rings) > 20 and sum(map(len, rings)) > 1000
+    assert all(np.array_equal(ring[0], ring[-1]) for ring in rings)
+
+
+def test_rendered_masks_of_another_size_are_refused():
+    field = Field(lambda x, y: 5 * (1 - ellipse_level(x, y)))
+    with pytest.raises(ValueError, match=r"Expected rendered masks of the output_size \(50, 60\), got \(40, 40\)"):
+        find_contours(field, (50, 60), rendered=field.render((40, 40)))

@@ -252,7 +252,7 @@ def test_names_of_methods(tmp_path):
         ("--spacing 0 1", "must be two positive numbers"),
         ("--tolerance -1", "must be a distance from 0 on"),
         ("--num-images 0", "Expected num_images of 1 or more"),
-        ("--mode fast", "Expected mode to be one of exact, adaptive, got 'fast'"),
+        ("--mode fast", "'fast' is not one of 'exact', 'adaptive'"),
     ],
 )
 def test_wrong_flags_are_refused(models, data, tmp_path, monkeypatch, flags, message):

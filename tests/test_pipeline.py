@@ -110,8 +110,8 @@ def test_a_region_is_a_window_on_the_same_masks(pipeline, image):
     np.testing.assert_allclose(zoomed.logits[..., 1::3, 1::3], window.logits, atol=1e-4)  # the same centres
     points = np.concatenate([outline.exterior for outline in zoomed.contours[0][0]])
     assert points.min() >= 10 and (points.min(axis=0) >= [20, 10]).all() and (points.max(axis=0) <= [60, 30]).all()
-    for region in ((20, 10, 20, 30), (20, 10, 90, 30), (-1, 10, 60, 30), (60, 30, 20, 10), (20, 10)):
-        with pytest.raises(ValueError, match=r"80 pixels wide and 50 high, got \["):
+    for region in ((20, 10, 20, 30), (20, 10, 90, 30), (-1, 10, 60, 30), (60, 30, 20, 10), (20, 10), "1234", 5):
+        with pytest.raises(ValueError, match=r"80 pixels wide and 50 high, got "):
             pipeline.predict(**prompts, region=region)
 
 
@@ -229,7 +229,10 @@ def test_predict_writes_outlines_in_the_images_pixels(folder, image, tmp_path, p
     result = run(*arguments, "--size", *size, "--contours", tmp_path / "mm.geojson", "--spacing", 0.5, 2)
     assert result.exit_code == 0, result.output
     (scaled,) = json.loads((tmp_path / "mm.geojson").read_text())["features"]
-    assert scaled["properties"] == {**feature["properties"], "spacing": [0.5, 2]}
+    area = sum(contour.area for contour in contours)
+    assert feature["properties"]["area"] == pytest.approx(area)
+    millimetres = {"spacing": [0.5, 2], "box": [BOX[0] / 2, BOX[1] * 2, BOX[2] / 2, BOX[3] * 2]}
+    assert scaled["properties"] == {**feature["properties"], **millimetres, "area": pytest.approx(area)}
     ring, pixels = (of["geometry"]["coordinates"][0][0] for of in (scaled, feature))
     np.testing.assert_allclose(ring, np.array(pixels) * [0.5, 2])
     points = np.concatenate([contour.exterior for contour in contours])

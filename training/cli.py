@@ -35,7 +35,8 @@ def predict(
         typer.Option(help="x0 y0 x1 y1 in the image's pixels."),
     ] = None,
     boxes: Annotated[
-        Path | None, typer.Option(help='JSON file {"name.png": [[x0, y0, x1, y1], ...]}, for several boxes or images.')
+        Path | None,
+        typer.Option(help=r'JSON file {"name.png": [\[x0, y0, x1, y1], ...]}, for several boxes or images.'),
     ] = None,
     size: Annotated[
         tuple[int, int] | None, typer.Option(help="Height and width of the masks; the image's own by default.")

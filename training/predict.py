@@ -80,10 +80,14 @@ def predict_files(
         }
         if segmentation.contours is not None:
             for index, (best, *_) in enumerate(_per_box(segmentation)):
-                properties = {"image": path.name, "box": list(image_boxes[index]), **report[path.name]["masks"][index]}
+                found, unit = segmentation.contours[index][best], np.array(spacing or (1.0, 1.0))
+                properties = {"image": path.name, **report[path.name]["masks"][index]}
+                # In the unit of the coordinates, whatever the masks' size.
+                properties["area"] = float(sum(contour.area for contour in found) * unit.prod())
+                properties["box"] = (np.array(image_boxes[index]) * np.tile(unit, 2)).tolist()
                 if spacing is not None:
                     properties["spacing"] = list(spacing)
-                features.append(to_geojson(segmentation.contours[index][best], properties, spacing or (1.0, 1.0)))
+                features.append(to_geojson(found, properties, tuple(unit)))
     write_json(output_dir / "report.json", report)
     if contours is not None:
         write_json(contours, {"type": "FeatureCollection", "features": features})
