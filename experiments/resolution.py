@@ -1,12 +1,12 @@
 """
 Does a continuous field give finer masks than logits that are upsampled? Trained and fed at 128, 192 and 384 pixels,
 masks are rendered at the images' own size, beside (a) the same model's logits on its own square, interpolated
-bilinearly, and (b) SAM's decoder, with the box as a mask prompt too, whose grid is coarser still. Phantoms have exact
-truth at 896 pixels.
+bilinearly, and (b) SAM's decoder, with the box as a mask prompt too, whose grid is coarser still. As that decoder is
+told the box twice, so is the field in a row of its own. Phantoms have exact truth at 896 pixels.
 
     python experiments/resolution.py [--test]
 
-Cost: 6 runs of its own, at most 25 minutes each. Expected: if the claim holds, NSD at a pixel above (a) and (b), most
+Cost: 11 runs of its own, at most 25 minutes each. Expected: if the claim holds, NSD at a pixel above (a) and (b), most
 at 128; it may fail. The paper's Dice at 128 and 896 pixels, 91.5 and 91.3, is near that at 384.
 """
 
@@ -22,7 +22,9 @@ def rows(data: str, sizes: tuple[int, ...]) -> tuple[Row, ...]:
     made = []
     for size in sizes:
         flags = f"--image_size {size}"
-        ours, sam = Run(data=data, flags=flags), Run("sam_decoder_box_mask", data=data, flags=flags)
+        ours, told_twice, sam = (
+            Run(method, data=data, flags=flags) for method in ("imedsam", "imedsam_box_mask", "sam_decoder_box_mask")
+        )
         field = f"{size}: field"
         made += [
             Row(field, (ours,), x=size, series="field"),
@@ -30,6 +32,13 @@ def rows(data: str, sizes: tuple[int, ...]) -> tuple[Row, ...]:
                 f"{size}: its logits upsampled", (ours,), changes(upsampled=True), against=field, x=size, series="(a)"
             ),
             Row(f"{size}: SAM's decoder upsampled", (sam,), against=field, x=size, series="(b)"),
+            Row(
+                f"{size}: field, box as mask prompt too",
+                (told_twice,),
+                against=field,
+                x=size,
+                series="field, box mask",
+            ),
         ]
     return tuple(made)
 

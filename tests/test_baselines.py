@@ -28,7 +28,7 @@ from imedsam.training.evaluation import evaluate_masks, floor_metrics
 from imedsam.training.examples import load_examples
 from imedsam.training.unet import UNetConfig, UNetModel
 
-BASELINES = [name for name in METHODS if name != "imedsam"]
+BASELINES = [name for name in METHODS if not name.startswith("imedsam")]
 SMALL = {"coarse_widths": [48, 24], "coarse_features": 8, "fine_widths": [24, 16], "fine_head_width": 8}
 
 
@@ -208,8 +208,9 @@ def test_the_coverage_of_pixels_by_hand():
 
 
 @torch.no_grad()
-def test_the_box_mask_is_a_mask_prompt_of_sam(make, inputs):
-    model, plain = make("sam_decoder_box_mask").eval(), make("sam_decoder").eval()
+@pytest.mark.parametrize("decoder", ["imedsam", "sam_decoder"])
+def test_the_box_mask_is_a_mask_prompt_of_sam(make, inputs, decoder):
+    model, plain = make(f"{decoder}_box_mask").eval(), make(decoder).eval()
     plain.load_state_dict(model.state_dict())
     masks = torch.full((2, 2, 16, 16), -BOX_LOGIT)
     for image, prompt, (x0, y0, x1, y1) in ((0, 0, (2, 3, 10, 12)), (0, 1, (5, 1, 15, 7)), (1, 0, (0, 0, 16, 16))):

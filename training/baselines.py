@@ -1,19 +1,20 @@
 """
-What I-MedSAM is compared with: models that are trained and evaluated by the same code, with the same data, prompts,
-schedule, augmentation and seeds.
+What I-MedSAM is compared with, and a variant of it: models that are trained and evaluated by the same code, with the
+same data, prompts, schedule, augmentation and seeds.
 
 | `--method` | mask comes from | starts from | knows the box by |
 |---|---|---|---|
 | `imedsam` | the implicit decoder | SAM | SAM's prompt encoder, the prompt's frame |
+| `imedsam_box_mask` | the same | SAM | the same, and the box rasterised as SAM's mask prompt |
 | `sam_decoder` | SAM's own mask decoder, fine-tuned as in MedSAM | SAM | SAM's prompt encoder |
 | `sam_decoder_box_mask` | the same | SAM | the same, and the box rasterised as SAM's mask prompt |
 | `convolutional` | convolutions, with as many parameters as the implicit decoder | SAM | as `imedsam` |
 | `unet` | MONAI's U-Net | nothing | a fourth channel |
 | `unet_without_prompt` | MONAI's U-Net | nothing | - |
 
-All but the first give logits on a grid (SAM's decoder at stride 4, the others at the size of `pixel_values`), which is
-interpolated bilinearly at the points to supervise and the pixels to render. To its callers every model here is an
-[`IMedSamModel`]; `load_model` loads the folder of any of them.
+All but the first two give logits on a grid (SAM's decoder at stride 4, the others at the size of `pixel_values`),
+which is interpolated bilinearly at the points to supervise and the pixels to render. To its callers every model here
+is an [`IMedSamModel`]; `load_model` loads the folder of any of them.
 """
 
 import os
@@ -95,6 +96,12 @@ class Method:
 
 METHODS = {
     "imedsam": Method(IMedSamModel, "I-MedSAM (implicit medical image segmentation with Segment Anything, ECCV 2024)"),
+    "imedsam_box_mask": Method(
+        BoxMaskModel,
+        "I-MedSAM (implicit medical image segmentation with Segment Anything, ECCV 2024) with the box as a mask "
+        "prompt beside its corners",
+        {"implicit_decoder": True},
+    ),
     "sam_decoder": Method(
         IMedSamModel, "A baseline of I-MedSAM: SAM's own mask decoder, fine-tuned", {"implicit_decoder": False}
     ),

@@ -1,4 +1,4 @@
-"""A baseline: SAM with the box as a mask prompt beside its corners."""
+"""SAM, and I-MedSAM on it, with the box as a mask prompt beside its corners."""
 
 import torch
 from huggingface_hub.dataclasses import strict
