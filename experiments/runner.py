@@ -44,6 +44,7 @@ FILES = (
     "uncertainty",
     "box_jitter",
     "resolution",
+    "far_spots",
 )
 
 

@@ -109,6 +109,7 @@ class Scoring:
         output_size: side of the masks compared; the images' own size by default.
         input_size: side of the model's square; the one that it was trained with by default.
         upsampled: render on the model's square, and interpolate those logits bilinearly at the output's pixels.
+        within_box: leave out what lies outside of the prompt's box.
         config: values of the configuration, as ("key", value), such as of the selection and the uncertainty.
         mode: of rendering: "exact", or None for adaptive where that is possible.
     """
@@ -119,6 +120,7 @@ class Scoring:
     output_size: int | None = None
     input_size: int | None = None
     upsampled: bool = False
+    within_box: bool = False
     config: tuple[tuple[str, Any], ...] = ()
     mode: str | None = "exact"
 

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from imedsam import IMedSamModel, IMedSamProcessor
 from imedsam.image_encoder import resize_positions
+from imedsam.rendering import check_region
+from imedsam.tiles import pixel_centres
 from imedsam.training.evaluation import evaluate_masks, floor_metrics
 from imedsam.training.examples import Examples, load_examples
 from imedsam.training.metrics import MetricTable, box_from_mask
 
 TIMED_IMAGES = 8
+OUTSIDE = -20.0  # logit of what is outside for sure
 DIGITS = 5
 
 
@@ -27,8 +30,9 @@ def score(model: IMedSamModel, processor: IMedSamProcessor, examples: Examples, 
     """The metrics of each object in columns, `name` being the first."""
     model, processor = at_input_size(model, processor, scoring.input_size)
     with changed_config(model, dict(scoring.config)):
+        shown = UpsampledModel(model) if scoring.upsampled else model
         table = evaluate_masks(
-            UpsampledModel(model) if scoring.upsampled else model,
+            ModelWithinBox(shown) if scoring.within_box else shown,
             processor,
             examples,
             output_size=scoring.output_size,
@@ -141,6 +145,35 @@ def crop_and_resize(values: Tensor, size: tuple[int, int], region: Tensor | None
     grid = torch.stack([columns[:, None].expand(-1, size[0], -1), rows[:, :, None].expand(-1, -1, size[1])], dim=-1)
     resized = F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return resized.unflatten(1, values.shape[1:3])
+
+
+class ModelWithinBox:
+    """What a box is worth as a limit: a model whose masks end at the prompt's box."""
+
+    def __init__(self, model: IMedSamModel):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def get_mask_field(self, *args, input_boxes: Tensor, **kwargs) -> "FieldWithinBox":
+        field = self.model.get_mask_field(*args, input_boxes=input_boxes, **kwargs)
+        return FieldWithinBox(field, 2 * input_boxes / self.model.config.image_size - 1)
+
+
+class FieldWithinBox:
+    def __init__(self, field, boxes: Tensor):
+        self.field, self.boxes = field, boxes  # (B, P, 4), in [-1, 1]
+
+    def render(self, output_size, region: Tensor | None = None, mode: str | None = None):
+        rendered = copy(self.field.render(output_size, region, mode))
+        square = check_region(region, self.field)
+        centres = pixel_centres(output_size, square)[:, None]  # (B, 1, H W, 2)
+        low, high = self.boxes[:, :, None].to(centres).split(2, dim=-1)
+        inside = ((centres >= low) & (centres <= high)).all(dim=-1).unflatten(-1, tuple(output_size))[:, :, None]
+        rendered.logits = torch.where(inside, rendered.logits, OUTSIDE)
+        rendered.uncertainty = torch.where(inside, rendered.uncertainty, 0.0)
+        return rendered
 
 
 @torch.inference_mode()

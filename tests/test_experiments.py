@@ -15,7 +15,7 @@ from drawn_folders import disk, make_processor, write_folder
 from one_run import Task, carry_out, refuse_another_recipe
 from PIL import Image
 from runs import Row, Run, Scoring, Table, changes, folds, seeds
-from scoring import UpsampledModel, at_input_size, changed_config, crop_and_resize, to_columns
+from scoring import ModelWithinBox, UpsampledModel, at_input_size, changed_config, crop_and_resize, to_columns
 from torch.testing import assert_close
 
 from imedsam.modeling_imedsam import IMedSamModel
@@ -125,6 +125,24 @@ def test_upsampled_masks_are_those_of_the_square_where_the_image_has_its_size(fr
         examples = load_examples(str(folder), "train")
         native, upsampled = (evaluate_masks(m, processor, examples) for m in (model, UpsampledModel(model)))
         assert (native.rows == upsampled.rows) == equal
+
+
+def test_masks_end_at_the_box(from_sam, inputs):
+    model = from_sam(64).merge_and_unload().eval()
+    prompts = {"input_boxes": torch.tensor([[[8.0, 16, 40, 48], [0, 0, 64, 64]], [[30, 2, 60, 20], [8, 8, 24, 64]]])}
+    with torch.no_grad():
+        embeddings = model.get_image_embeddings(inputs["pixel_values"])
+        plain, within = (one.get_mask_field(embeddings, **prompts) for one in (model, ModelWithinBox(model)))
+        expected, rendered = (field.render((32, 64), mode="exact") for field in (plain, within))
+        left = within.render((32, 32), torch.tensor([-1.0, -1.0, 0.0, 1.0]), "exact").logits
+    for image, prompt in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        x0, y0, x1, y1 = prompts["input_boxes"][image, prompt].int().tolist()
+        inside = torch.zeros(32, 64, dtype=torch.bool)
+        inside[y0 // 2 : y1 // 2, x0:x1] = True
+        logits, uncertainty = rendered.logits[image, prompt, 0], rendered.uncertainty[image, prompt, 0]
+        assert torch.equal(logits[inside], expected.logits[image, prompt, 0][inside])
+        assert (logits[~inside] < -10).all() and (uncertainty[~inside] == 0).all()
+        assert_close(left[image, prompt, 0], logits[:, :32], atol=1e-4, rtol=1e-4)
 
 
 def test_another_input_size_is_that_of_a_model_made_for_it(from_sam, inputs):
