@@ -6,7 +6,7 @@ told the box twice, so is the field in a row of its own. Phantoms have exact tru
 
     python experiments/resolution.py [--test]
 
-Cost: 11 runs of its own, at most 25 minutes each. Expected: if the claim holds, NSD at a pixel above (a) and (b), most
+Cost: 10 runs of its own, at most 25 minutes each. Expected: if the claim holds, NSD at a pixel above (a) and (b), most
 at 128; it may fail. The paper's Dice at 128 and 896 pixels, 91.5 and 91.3, is near that at 384.
 """
 
