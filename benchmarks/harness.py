@@ -38,7 +38,11 @@ FIELD_TRAINING = (
 
 def parse_args(description: str, takes_model: bool = True) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="Under a minute; its figures are not kept.")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="Under a minute, once its small model is trained; its figures are not kept.",
+    )
     parser.add_argument("--check", action="store_true", help="Exit with 1 if a goal is missed.")
     if takes_model:
         parser.add_argument("--model", type=Path, help="A trained model's folder; by default one is trained before.")

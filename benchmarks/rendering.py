@@ -40,6 +40,7 @@ from imedsam.training.metrics import dice
 
 SIZES = (128, 256, 384, 896, 2048, 4096)
 GOAL_SIZE = 896  # the largest that is timed in several rounds
+QUICK_SIZE = 192
 NEAR = 2  # pixels
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     reference = AuthorsDecoder().eval()
     measure_size(64, pipeline, fields, examples, reference, once=True)  # warms everything up
     rows = []
-    for size in (128, 256) if args.quick else SIZES:
+    for size in (QUICK_SIZE,) if args.quick else SIZES:
         rows.append(measure_size(size, pipeline, fields, examples, reference, once=args.quick or size > GOAL_SIZE))
         print({key: value for key, value in rows[-1].items() if not isinstance(value, dict)}, flush=True)
     separable = measure_separable_layer()
@@ -60,7 +61,7 @@ def main() -> None:
     profile = profile_exact(fields[0])
     print({name: f"{100 * share:.1f} %" for name, share in profile.items()}, flush=True)
     goals = Goals()
-    size = rows[-1]["size"] if args.quick else GOAL_SIZE
+    size = QUICK_SIZE if args.quick else GOAL_SIZE
     row = next(row for row in rows if row["size"] == size)
     for mode, times in (("exact", 3 if args.quick else 6), ("adaptive", 3 if args.quick else 80)):
         name = f"{mode} at {size} against the reference"
@@ -68,12 +69,15 @@ def main() -> None:
             goals.at_least(name, row[f"reference_over_{mode}"], times, " times faster")
         else:
             goals.not_measured(name, "the reference needs more memory than is free")
-    goals.at_most(f"exact at {size} against its own matrix products", row["exact_over_products"], 1.3, " times")
+    over_products = 2 if args.quick else 1.3
+    goals.at_most(
+        f"exact at {size} against its own matrix products", row["exact_over_products"], over_products, " times"
+    )
     if row["exact"]["peak_bytes"] is None:
         goals.not_measured(f"memory of exact at {size}", "peak memory can be had on Linux alone")
     else:
         goals.at_most(f"memory of exact at {size}", row["exact"]["peak_bytes"] / 1e9, 1, " GB")
-    equal, near, difference = (99, 90, 2) if args.quick else (99.99, 98, 0.05)  # one hardly trained is full of specks
+    equal, near, difference = (98, 90, 3) if args.quick else (99.99, 98, 0.05)  # one hardly trained is full of specks
     goals.at_least(f"equal pixels at {size}", 100 * row["equal"], equal, " %")
     goals.at_least(f"equal pixels near the boundary at {size}", 100 * row["equal_near_boundary"], near, " %")
     goals.at_most(f"Dice difference at {size}", 100 * row["dice_difference"], difference, " points")
