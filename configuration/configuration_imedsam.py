@@ -56,6 +56,11 @@ class IMedSamConfig(PreTrainedConfig):
             Add the point's position in the prompt's own frame (box centre at 0, box edge at 1).
         prompt_frame_octaves (`int`):
             Octaves of the Fourier features of that position.
+        ellipse_prior (`bool`):
+            Add the fields' outputs to a learnt multiple of the ellipse inscribed in the prompt's frame, so that a mask
+            starts as that ellipse.
+        feature_context (`bool`):
+            Give the image features a residual block of 3 x 3 convolutions before the fields see them.
         coarse_widths (`list[int]`):
             Widths of the coarse field's hidden layers.
         coarse_features (`int`):
@@ -105,6 +110,8 @@ class IMedSamConfig(PreTrainedConfig):
     coordinate_octaves: int = 10
     prompt_frame: bool = True
     prompt_frame_octaves: int = 4
+    ellipse_prior: bool = False
+    feature_context: bool = False
     coarse_widths: list[int] | tuple[int, ...] = (1024, 512)
     coarse_features: int = 256
     fine_widths: list[int] | tuple[int, ...] = (256, 256)

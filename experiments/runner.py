@@ -45,6 +45,7 @@ FILES = (
     "box_jitter",
     "resolution",
     "far_spots",
+    "improvements",
 )
 
 

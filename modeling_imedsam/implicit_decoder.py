@@ -30,16 +30,10 @@ class ImplicitDecoder(nn.Module):
         )
         channels = config.sam_config.mask_decoder_config.hidden_size
         inputs = channels // 8 + self.coordinates.width + channels
+        self.context = FeatureContext(channels // 8) if config.feature_context else None
+        self.ellipse = EllipsePrior(config.num_labels) if config.ellipse_prior else None
         self.coarse = CoarseField(inputs, config)
         self.fine = FineField(inputs + config.coarse_features, config) if config.selection is not None else None
-
-    @staticmethod
-    def normalise(features: Tensor) -> Tensor:
-        """
-        Scales the channels of (R, C, H, W) at each place to mean 0 and variance 1. SAM's upscaled features are much
-        smaller than the coordinates beside them, how much depends on the checkpoint: a new field would not see them.
-        """
-        return F.layer_norm(features.movedim(1, -1), features.shape[1:2]).movedim(-1, 1)
 
     def prompt_parts(self, prompt: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the prompts' embeddings (R, E) add to the first layers of the coarse and fine field, (R, D) each."""
@@ -66,9 +60,60 @@ class ImplicitDecoder(nn.Module):
         return torch.cat([sampled.to(features.dtype), encoded], dim=-1)
 
 
+def normalise(features: Tensor) -> Tensor:
+    """
+    Scales the channels of (R, C, H, W) at each place to mean 0 and variance 1. SAM's upscaled features are much
+    smaller than the coordinates beside them, how much depends on the checkpoint: a new field would not see them.
+    """
+    return F.layer_norm(features.movedim(1, -1), features.shape[1:2]).movedim(-1, 1)
+
+
 def at_least_float32(values: Tensor) -> Tensor:
     """Half precision is too coarse for positions and uncertainties; what is more precise than float32 stays so."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+class FeatureContext(nn.Module):
+    """
+    A residual block of two 3 x 3 convolutions over (R, C, H, W), which starts as the identity. SAM's upscaling unfolds
+    each token of the image encoder into 4 x 4 places by itself: none of them has seen the token next to it.
+    """
+
+    def __init__(self, channels: int, width: int = 64):
+        super().__init__()
+        self.inner = HiddenConvolution(channels, width, 3, padding=1)
+        self.outer = ZeroConvolution(width, channels, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + self.outer(F.relu(self.inner(features)))
+
+
+class HiddenConvolution(nn.Conv2d):
+    """A convolution before a ReLU, initialised for one (He et al., 2015)."""
+
+
+class ZeroConvolution(nn.Conv2d):
+    """A convolution at the end of a residual block, 0 at first."""
+
+
+class EllipsePrior(nn.Module):
+    """
+    What a box says by itself: the logit a (1 - |q|) of the ellipse inscribed in the prompt's frame, q being the point
+    in that frame, clamped to [-3, 3] on each axis. The fields' outputs are added to it; each class learns its a.
+    """
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.slope = nn.Parameter(torch.empty(classes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.slope, 4.0)
+
+    def forward(self, coordinates: Tensor, frame: Tensor, classes: Tensor) -> Tensor:
+        """(R, N, 2), or (G, N, 2) as in `ImplicitDecoder.encode`, (R, 4) and (R, M) -> (R, M, N)."""
+        inside = 1 - position_in_frame(coordinates, frame).norm(dim=-1)
+        return self.slope[classes][..., None] * inside[:, None]
 
 
 class CoordinateEncoding(nn.Module):
@@ -86,11 +131,16 @@ class CoordinateEncoding(nn.Module):
         """(R, N, 2), or (G, N, 2) for the same points of R / G prompts, and (R, 4) -> (R, N, width)."""
         encoded = [for_each_prompt(fourier_features(coordinates, self.octaves), len(frame))]
         if self.frame_octaves is not None:
-            centre, half_size = frame[:, None].split(2, dim=-1)
-            local = ((for_each_prompt(coordinates, len(frame)) - centre) / half_size).clamp(-3.0, 3.0)
+            local = position_in_frame(coordinates, frame)
             # The octaves run over the clamped range once: k = 0 has period 6.
             encoded += [local, fourier_features(local / 3.0, self.frame_octaves)]
         return torch.cat(encoded, dim=-1)
+
+
+def position_in_frame(coordinates: Tensor, frame: Tensor) -> Tensor:
+    """(p - centre) / half size, clamped to [-3, 3]: (R, N, 2), or (G, N, 2), and (R, 4) -> (R, N, 2)."""
+    centre, half_size = frame[:, None].split(2, dim=-1)
+    return ((for_each_prompt(coordinates, len(frame)) - centre) / half_size).clamp(-3.0, 3.0)
 
 
 def for_each_prompt(values: Tensor, prompts: int) -> Tensor:

@@ -210,12 +210,12 @@ class ImplicitMaskField(MaskField):
                 part = self._rows(rows)
                 part.evaluating = True
                 tiles = [part._coarse(tile) for tile in split_in_tiles(lattices[image, None], len(rows))]
-                encoded, hidden, coarse, uncertainty = (
+                encoded, hidden, prior, coarse, uncertainty = (
                     torch.cat(parts, dim=dim)
-                    for parts, dim in zip(zip(*tiles, strict=True), (1, 1, -1, -1), strict=True)
+                    for parts, dim in zip(zip(*tiles, strict=True), (1, 1, -1, -1, -1), strict=True)
                 )
                 threshold = selection_threshold(uncertainty, self.config.selection_share)
-                logits = part._refine(fine, encoded, hidden, coarse, uncertainty > threshold[..., None])
+                logits = part._refine(fine, encoded, hidden, prior, coarse, uncertainty > threshold[..., None])
                 thresholds.append(threshold)
                 values.append(torch.stack([logits, coarse, uncertainty]))
         return torch.cat(thresholds), torch.cat(values, dim=1).unflatten(-1, (side, side))
@@ -264,7 +264,7 @@ class ImplicitMaskField(MaskField):
         return field
 
     def values(self, coordinates: Tensor, point_areas: Tensor | None = None) -> FieldValues:
-        encoded, hidden, coarse, uncertainty = self._coarse(coordinates.flatten(0, 1))
+        encoded, hidden, prior, coarse, uncertainty = self._coarse(coordinates.flatten(0, 1))
         logits = coarse
         if (fine := self.decoder.fine) is not None:
             if self.training:
@@ -272,41 +272,50 @@ class ImplicitMaskField(MaskField):
                 threshold = selection_threshold(uncertainty, self.config.selection_share, areas)
             else:
                 threshold = self.threshold
-            logits = self._refine(fine, encoded, hidden, coarse, uncertainty > threshold[..., None])
+            logits = self._refine(fine, encoded, hidden, prior, coarse, uncertainty > threshold[..., None])
         shape = (self.batch_size, self.num_prompts)
         return FieldValues(*(values.unflatten(0, shape) for values in (logits, coarse, uncertainty)))
 
     def uncertainty(self, coordinates: Tensor) -> Tensor:
         with without_gradients(self.device):
-            _, hidden = self._trunk(coordinates.flatten(0, 1))
-            uncertainty = self._uncertainty(hidden, self._coarse_logits(hidden))
+            points = coordinates.flatten(0, 1)
+            _, hidden = self._trunk(points)
+            uncertainty = self._uncertainty(hidden, self._coarse_logits(hidden, self._prior(points)))
         return uncertainty.unflatten(0, (self.batch_size, self.num_prompts))
 
-    def _coarse(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _coarse(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """
         The coarse field at (R, N, 2), or (G, N, 2) for R / G prompts each: encoded points (R, N, C), hidden vectors
-        after dropout (R, N, D), logits and uncertainty (R, M, N). While training the logits are one dropout pass,
-        otherwise the pass without dropout.
+        after dropout (R, N, D), what both fields' outputs are added to, logits and uncertainty (R, M, N). While
+        training the logits are one dropout pass, otherwise the pass without dropout.
         """
         encoded, hidden = self._trunk(points)
+        prior = self._prior(points)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
-            logits = self._coarse_logits(hidden)
+            logits = self._coarse_logits(hidden, prior)
         uncertainty = self._uncertainty(hidden, logits)
         if self.training:
             hidden = F.dropout(hidden, self.config.dropout)
-            logits = self._coarse_logits(hidden)
-        return encoded, hidden, logits, uncertainty
+            logits = self._coarse_logits(hidden, prior)
+        return encoded, hidden, prior, logits, uncertainty
+
+    def _prior(self, points: Tensor) -> Tensor:
+        """What the prompt's frame says by itself, (R, M, N), in float32 at least; zeros without such a part."""
+        points = points.to(torch.promote_types(self.features.dtype, torch.float32))
+        if (ellipse := self.decoder.ellipse) is None:
+            return points.new_zeros(*self.classes.shape, points.shape[1])
+        return ellipse(points, self.frame, self.classes)
 
     def _trunk(self, points: Tensor) -> tuple[Tensor, Tensor]:
         encoded = self.decoder.encode(points, self.features, self.frame)
         return encoded, self.decoder.coarse(encoded, self.coarse_part)
 
-    def _coarse_logits(self, hidden: Tensor) -> Tensor:
+    def _coarse_logits(self, hidden: Tensor, prior: Tensor) -> Tensor:
         """Of hidden vectors (R, N, D), (R, M, N), in float32 at least."""
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = at_least_float32(hidden)
             weight, bias = (values.to(hidden.dtype) for values in self.coarse_head)
-            return weight @ hidden.transpose(1, 2) + bias[..., None]
+            return weight @ hidden.transpose(1, 2) + bias[..., None] + prior
 
     @torch.no_grad()
     def _uncertainty(self, hidden: Tensor, logits: Tensor) -> Tensor:
@@ -318,13 +327,15 @@ class ImplicitMaskField(MaskField):
                 return monte_carlo_variance(hidden, weight, bias, self.dropout_masks)
             return closed_form_variance(hidden, logits, weight, self.config.dropout)
 
-    def _refine(self, fine: FineField, encoded: Tensor, hidden: Tensor, coarse: Tensor, selected: Tensor) -> Tensor:
+    def _refine(
+        self, fine: FineField, encoded: Tensor, hidden: Tensor, prior: Tensor, coarse: Tensor, selected: Tensor
+    ) -> Tensor:
         """The fine field's logits where `selected` (R, M, N), the coarse ones elsewhere."""
         rows, masks, points = selected.nonzero(as_tuple=True)
         classes, numbers = self.classes[rows, masks], rows * selected.shape[-1] + points
         encoded, hidden = (vectors.flatten(0, 1).index_select(0, numbers) for vectors in (encoded, hidden))
         coarse_features = self.decoder.coarse.head(hidden, classes, slice(1, None))
-        refined = fine(encoded, coarse_features, self.fine_part, rows, classes)
+        refined = fine(encoded, coarse_features, self.fine_part, rows, classes) + prior[rows, masks, points]
         return coarse.index_put((rows, masks, points), refined.to(coarse.dtype))
 
 

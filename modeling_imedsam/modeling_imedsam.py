@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.frequency import FrequencyBranch, FrequencyView
 from imedsam.image_encoder import IMedSamVisionEncoder
-from imedsam.implicit_decoder import ImplicitDecoder
+from imedsam.implicit_decoder import ImplicitDecoder, normalise
 from imedsam.losses import segmentation_loss
 from imedsam.mask_field import FieldValues, ImplicitMaskField, InterpolatedMaskField, MaskField
 from imedsam.pretrained import IMedSamPreTrainedModel
@@ -211,14 +211,15 @@ class IMedSamModel(IMedSamPreTrainedModel):
         if reshaped_input_sizes is not None:
             lattice_region[:, 2:] = 2 * reshaped_input_sizes.to(features.device).flip(-1) / self.config.image_size - 1
         frame = prompts.frame(self.config.image_size).to(features.device)
-        features = ImplicitDecoder.normalise(features)
-        return self.bind_decoder(features, encoded.mean, frame, classes, lattice_region)
+        return self.bind_decoder(normalise(features), encoded.mean, frame, classes, lattice_region)
 
     def bind_decoder(
         self, features: Tensor, prompt: Tensor, frame: Tensor, classes: Tensor, lattice_region: Tensor
     ) -> MaskField:
         """The field that the decoder makes of fused prompts, as in [`~imedsam.mask_field.ImplicitMaskField`]."""
         assert self.implicit_decoder is not None  # as `get_mask_field` has seen
+        if (context := self.implicit_decoder.context) is not None:
+            features = context(features)
         return ImplicitMaskField(self.implicit_decoder, self.config, features, prompt, frame, classes, lattice_region)
 
     @torch.no_grad()

@@ -30,7 +30,13 @@ from transformers.utils import (
 from imedsam.configuration.configuration_imedsam import CONFIGURATION_KEYS, IMedSamConfig
 from imedsam.frequency import FrequencyBranch
 from imedsam.image_encoder import resize_positions
-from imedsam.implicit_decoder import ClassLinear, HiddenLinear
+from imedsam.implicit_decoder import (
+    ClassLinear,
+    EllipsePrior,
+    HiddenConvolution,
+    HiddenLinear,
+    ZeroConvolution,
+)
 from imedsam.lora import get_peft_config, split_qkv
 
 if TYPE_CHECKING:
@@ -51,6 +57,8 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         ("prompt encoder", r"prompt_encoder"),
         ("upscaling", r"mask_decoder\.upscale"),
         ("mask head", r"mask_decoder\.output_hypernetworks_mlps\.0\."),
+        ("feature context", r"implicit_decoder\.context"),
+        ("ellipse prior", r"implicit_decoder\.ellipse"),
         ("coarse field", r"implicit_decoder\.coarse"),
         ("fine field", r"implicit_decoder\.fine"),
         ("image encoder", r"vision_encoder"),
@@ -322,10 +330,12 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ClassLinear):
+        if isinstance(module, ClassLinear | EllipsePrior):
             module.reset_parameters()
-        elif isinstance(module, HiddenLinear):
+        elif isinstance(module, HiddenLinear | HiddenConvolution):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, ZeroConvolution):
+            init.zeros_(module.weight)
         elif isinstance(module, FrequencyBranch):
             init.zeros_(module.gates)
 
@@ -371,6 +381,8 @@ _SHARED_BY_ADAPTERS = (
     "coordinate_octaves",
     "prompt_frame",
     "prompt_frame_octaves",
+    "ellipse_prior",
+    "feature_context",
     "dropout",
     "uncertainty",
     "selection",

@@ -13,7 +13,16 @@ import imedsam.implicit_decoder
 import imedsam.mask_field
 import imedsam.rendering
 import imedsam.tiles
-from imedsam.implicit_decoder import ClassLinear, CoordinateEncoding, HiddenLinear, ImplicitDecoder, fourier_features
+from imedsam.implicit_decoder import (
+    ClassLinear,
+    CoordinateEncoding,
+    EllipsePrior,
+    FeatureContext,
+    HiddenLinear,
+    ImplicitDecoder,
+    fourier_features,
+    normalise,
+)
 from imedsam.losses import segmentation_loss
 from imedsam.mask_field import ImplicitMaskField
 from imedsam.prompt_fusion import Prompts
@@ -78,7 +87,7 @@ def test_features_are_normalised_at_each_place(from_sam, inputs):
     features = 0.05 * torch.randn(2, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0)) + 3
     mean, variance = features.mean(dim=1, keepdim=True), features.var(dim=1, keepdim=True, correction=0)
     expected = (features - mean) / (variance + 1e-5).sqrt()
-    assert_close(ImplicitDecoder.normalise(features), expected, atol=1e-4, rtol=1e-4)
+    assert_close(normalise(features), expected, atol=1e-4, rtol=1e-4)
     model = from_sam()
     field = model.get_mask_field(model.get_image_embeddings(inputs["pixel_values"]), inputs["input_boxes"])
     assert field.features.shape == (4, CHANNELS, 16, 16)
@@ -124,6 +133,28 @@ def test_widths(tiny_config):
         decoder = ImplicitDecoder(tiny_config(**values))
         assert decoder.coarse.layers[0].in_features == CHANNELS + width + EMBEDDING
         assert decoder.fine.layers[0].in_features == CHANNELS + width + EMBEDDING + 8
+
+
+def test_the_ellipse_by_hand():
+    prior = EllipsePrior(2)
+    prior.slope.data.copy_(torch.tensor([4.0, 2.0]))
+    frame = torch.tensor([[0.5, -0.25, 0.25, 0.5]])  # box from (0.25, -0.75) to (0.75, 0.25)
+    points = torch.tensor([[[0.5, -0.25], [0.75, -0.25], [0.5, 0.25], [0.75, 0.25], [-1.0, -0.25], [0.5, -0.5]]])
+    expected = torch.tensor([1.0, 0.0, 0.0, 1 - 2**0.5, -2.0, 0.5])  # at -1 the distance is clamped to 3
+    assert_close(prior(points, frame, torch.tensor([[0, 1]])), torch.stack([4 * expected, 2 * expected])[None])
+
+
+@torch.no_grad()
+def test_context_starts_as_the_identity_and_reaches_two_places_far(randomised):
+    context, features = FeatureContext(CHANNELS), torch.randn(2, CHANNELS, 9, 9)
+    torch.nn.init.zeros_(context.outer.weight)
+    assert_close(context(features), features + context.outer.bias[:, None, None])
+    changed = features.clone()
+    changed[:, :, 4, 4] += 1
+    difference = (randomised(context)(changed) - context(features)).abs().amax(dim=(0, 1))
+    assert (difference[2:7, 2:7] > 1e-4).all()
+    difference[2:7, 2:7] = 0
+    assert difference.max() < 1e-5
 
 
 def prompts(**given):
@@ -184,13 +215,18 @@ def naive_values(field, points, label):
         hidden = F.relu(hidden @ layer.weight.T + layer.bias)
     hidden = F.relu(hidden @ decoder.fine.head_hidden.weight[label].T + decoder.fine.head_hidden.bias[label])
     fine = hidden @ decoder.fine.head_out.weight[label].T + decoder.fine.head_out.bias[label]
-    return head[..., 0].unflatten(0, (2, 3)), fine[..., 0].unflatten(0, (2, 3))
+    prior = 0.0
+    if decoder.ellipse is not None:
+        q = (points - field.frame[:, None, :2]) / field.frame[:, None, 2:]
+        prior = decoder.ellipse.slope[label] * (1 - (q.clamp(-3, 3) ** 2).sum(dim=-1).sqrt())
+    return (head[..., 0] + prior).unflatten(0, (2, 3)), (fine[..., 0] + prior).unflatten(0, (2, 3))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("num_labels", [1, 3])
-def test_against_the_naive_networks(make_field, num_labels):
-    field = make_field(num_labels=num_labels, selection_share=1.0)
+@pytest.mark.parametrize("ellipse_prior", [False, True])
+def test_against_the_naive_networks(make_field, num_labels, ellipse_prior):
+    field = make_field(num_labels=num_labels, selection_share=1.0, ellipse_prior=ellipse_prior)
     points = random_points(50)
     values = field.values(points)
     assert values.logits.shape == values.coarse_logits.shape == values.uncertainty.shape == (2, 3, num_labels, 50)
@@ -232,7 +268,8 @@ def test_initialisation(tiny_config):
     from imedsam.modeling_imedsam import IMedSamModel
 
     torch.manual_seed(0)
-    decoder = IMedSamModel(tiny_config(coarse_widths=[512, 256], fine_widths=[256])).implicit_decoder
+    config = tiny_config(coarse_widths=[512, 256], fine_widths=[256], ellipse_prior=True, feature_context=True)
+    decoder = IMedSamModel(config).implicit_decoder
     hidden = [module for module in decoder.modules() if isinstance(module, HiddenLinear)]
     assert len(hidden) == 3
     for layer in hidden:
@@ -240,17 +277,23 @@ def test_initialisation(tiny_config):
         assert layer.bias.abs().max() == 0
     head = decoder.coarse.head.weight
     assert head.abs().max().item() == pytest.approx(256**-0.5, rel=0.05) and decoder.coarse.head.bias.abs().max() == 0
+    inner = decoder.context.inner.weight
+    assert inner.std().item() == pytest.approx(math.sqrt(2 / (9 * inner.shape[1])), rel=0.1)
+    assert decoder.context.outer.weight.abs().max() == 0 and decoder.ellipse.slope.tolist() == [4.0]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(1, 1), (7, 33), (64, 48), (200, 10), (90, 130)])
 @pytest.mark.parametrize("region", [None, [[-0.9, -0.5, 0.7, 1.0], [0.0, 0.25, 1.0, 0.3]]])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("uncertainty", ["closed_form", "monte_carlo"])
-def test_exact_rendering_against_the_naive_networks(make_field, size, region, dtype, tolerance, uncertainty):
+@pytest.mark.parametrize(("uncertainty", "ellipse_prior"), [("closed_form", False), ("monte_carlo", True)])
+def test_exact_rendering_against_the_naive_networks(
+    make_field, size, region, dtype, tolerance, uncertainty, ellipse_prior
+):
     """At each pixel's centre by itself."""
-    field = make_field(num_labels=2, dtype=dtype, uncertainty=uncertainty)
+    field = make_field(num_labels=2, dtype=dtype, uncertainty=uncertainty, ellipse_prior=ellipse_prior)
     masks = field.render(size, region, mode="exact")
+    assert masks.logits.dtype == dtype
     region = torch.tensor(SQUARE if region is None else region, dtype=torch.float64)
     x, y = ((torch.arange(length, dtype=torch.float64) + 0.5) / length for length in size[::-1])
     shares = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
@@ -536,7 +579,7 @@ def test_the_field_of_some_prompts(make_field):
 
 
 def test_gradients_reach_everything(make_field):
-    field, points = make_field(train=True, num_labels=2), random_points(200)
+    field, points = make_field(train=True, num_labels=2, ellipse_prior=True), random_points(200)
     field = with_tensors(field, features=field.features.requires_grad_(), prompt=field.prompt.requires_grad_())
     values = field.values(points)
     values.logits.sin().sum().backward()

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.models.sam.modeling_sam import SamLayerNorm
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
-from imedsam.implicit_decoder import CoordinateEncoding
+from imedsam.implicit_decoder import CoordinateEncoding, HiddenConvolution
 from imedsam.mask_field import InterpolatedMaskField, MaskField
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.tiles import pixel_centres
@@ -23,8 +22,8 @@ LEAST_CHANNELS = 8
 @strict
 class ConvolutionalConfig(IMedSamConfig):
     """
-    Configuration of [`ConvolutionalModel`]. What describes the implicit decoder (widths, octaves, selection) decides
-    how many parameters the convolutions have; `prompt_frame` also whether they are given the coordinates in it.
+    Configuration of [`ConvolutionalModel`]. What describes the implicit decoder (widths, octaves, selection, ...)
+    decides how many parameters the convolutions have; `prompt_frame` also whether they are given coordinates in it.
     """
 
     model_type = "imedsam_convolutional"
@@ -53,12 +52,6 @@ class ConvolutionalModel(IMedSamModel):
         logits = self.implicit_decoder(features, prompt, frame)
         chosen = logits.take_along_dim(classes[..., None, None], dim=1)
         return InterpolatedMaskField(chosen.unflatten(0, (len(lattice_region), -1)))
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, HiddenConvolution):
-            init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
 class ConvolutionalDecoder(nn.Module):
@@ -121,10 +114,6 @@ class ConvolutionalDecoder(nn.Module):
         for layer, norm, enlarge in zip(self.layers[1:], self.norms[1:], self.enlarge[1:], strict=True):
             hidden = enlarge(F.relu(norm(layer(hidden))))
         return self.head(hidden)
-
-
-class HiddenConvolution(nn.Conv2d):
-    """A convolution before a ReLU, initialised for one (He et al., 2015)."""
 
 
 def _layer_widths(inputs: int, width: int, doublings: int) -> list[tuple[int, int]]:
