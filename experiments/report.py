@@ -49,7 +49,8 @@ def main() -> None:
     args = parser.parse_args()
     images = args.document.parent / "images" / "experiments"
     sections = [section for table in load_tables(FILES) for section in write_table(table, args.results, images)]
-    write_between_markers(args.document, "\n\n".join([hygiene(args.results), *sections]))
+    parts = [hygiene(args.results), *sections, fine_field(args.results)]
+    write_between_markers(args.document, "\n\n".join(part for part in parts if part))
 
 
 @dataclass
@@ -275,6 +276,29 @@ def hygiene(results: Path) -> str:
         lines += ["", "| left out | validation | test |", "|---|---:|---:|"]
         lines += [f"| {name} | {n.get('validation', 0)} | {n.get('test', 0)} |" for name, n in dropped.items()]
     return "\n".join(lines)
+
+
+def fine_field(results: Path) -> str:
+    """What fine_field.py has counted, as shares."""
+    heads = ["", "selected", "coarse errors", "of them selected", "of these mended", "errors made, against mended"]
+    lines = ["### What the fine field does", "", f"| {' | '.join(heads)} |".replace("|  |", "| |", 1)]
+    lines.append("|---|" + "---:|" * (len(heads) - 1))
+    paths = sorted(results.glob("*/fine_field.json"))
+    for path in paths:
+        count = json.loads(path.read_text())
+        shares = (
+            count["selected"] / count["pixels"],
+            count["coarse_errors"] / count["pixels"],
+            count["coarse_errors_selected"] / count["coarse_errors"],
+            count["mended"] / count["coarse_errors_selected"],
+        )
+        cells = [
+            path.parent.name,
+            *(f"{100 * share:.1f} %" for share in shares),
+            f"{count['made'] / count['mended']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if paths else ""
 
 
 def write_between_markers(path: Path, content: str) -> None:

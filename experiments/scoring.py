@@ -15,6 +15,7 @@ from torch import Tensor
 
 from imedsam import IMedSamModel, IMedSamProcessor
 from imedsam.image_encoder import resize_positions
+from imedsam.mask_field import MaskField
 from imedsam.rendering import check_region
 from imedsam.tiles import pixel_centres
 from imedsam.training.evaluation import evaluate_masks, floor_metrics
@@ -176,19 +177,24 @@ class FieldWithinBox:
         return rendered
 
 
+def field_of(model: IMedSamModel, processor: IMedSamProcessor, example: dict) -> tuple[MaskField, Tensor]:
+    """The field of an image and the exact box of its object, and the region of the square that the image fills."""
+    boxes = [[list(map(float, box_from_mask(example["mask"] > 0)))]]
+    inputs = processor(images=[example["image"]], input_boxes=boxes, return_tensors="pt").to(model.device)
+    sizes = inputs["reshaped_input_sizes"]
+    embeddings = model.get_image_embeddings(inputs["pixel_values"], sizes)
+    field = model.get_mask_field(embeddings, input_boxes=inputs["input_boxes"], reshaped_input_sizes=sizes)
+    return field, processor.get_image_regions(inputs["original_sizes"], sizes)
+
+
 @torch.inference_mode()
 def time_per_image(model: IMedSamModel, processor: IMedSamProcessor, examples: Examples) -> float:
     """Seconds from an image and a box to the mask of the image's own size; the median over a few images."""
     seconds = []
     for index in [0, *range(min(TIMED_IMAGES, len(examples)))]:  # the first one, as a warm-up, does not count
         example = examples[index]
-        boxes = [[list(map(float, box_from_mask(example["mask"] > 0)))]]
         started_at = time.perf_counter()
-        inputs = processor(images=[example["image"]], input_boxes=boxes, return_tensors="pt").to(model.device)
-        sizes = inputs["reshaped_input_sizes"]
-        embeddings = model.get_image_embeddings(inputs["pixel_values"], sizes)
-        field = model.get_mask_field(embeddings, input_boxes=inputs["input_boxes"], reshaped_input_sizes=sizes)
-        region = processor.get_image_regions(inputs["original_sizes"], sizes)
+        field, region = field_of(model, processor, example)
         field.render(example["mask"].shape, region).logits.cpu()
         seconds.append(time.perf_counter() - started_at)
     return sorted(seconds[1:])[len(seconds[1:]) // 2]

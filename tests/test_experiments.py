@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import fine_field
 import numpy as np
 import pytest
 import report
@@ -15,12 +16,20 @@ from drawn_folders import disk, make_processor, write_folder
 from one_run import Task, carry_out, refuse_another_recipe
 from PIL import Image
 from runs import Row, Run, Scoring, Table, changes, folds, seeds
-from scoring import ModelWithinBox, UpsampledModel, at_input_size, changed_config, crop_and_resize, to_columns
+from scoring import (
+    ModelWithinBox,
+    UpsampledModel,
+    at_input_size,
+    changed_config,
+    crop_and_resize,
+    load_trained,
+    to_columns,
+)
 from torch.testing import assert_close
 
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.training.arguments import parse_args
-from imedsam.training.evaluation import evaluate_masks
+from imedsam.training.evaluation import evaluate_masks, predict_objects
 from imedsam.training.examples import load_examples
 from imedsam.training.metrics import MetricTable
 
@@ -344,6 +353,34 @@ def test_tables_are_written_between_the_markers(done, tmp_path, monkeypatch):
     document.write_text("# Results\n")
     with pytest.raises(SystemExit, match="Expected the lines .* once each in .*results.md, got others: put them in"):
         report.main()
+
+
+def test_what_the_fine_field_mends_and_makes(done):
+    folder = done.output_dir / done.run.name
+    model, processor = load_trained(folder, "imedsam")
+    examples = load_examples(str(done.data / "kvasir_sessile"), "validation")
+
+    def errors(**config):
+        with changed_config(model, config):
+            found = predict_objects(model, processor, examples)
+            return [prediction.mask != prompted.target for prompted, prediction in found]
+
+    merged, coarse = errors(), errors(selection=None)
+    count = fine_field.count(model, processor, examples)
+    assert count["pixels"] == sum(e["mask"].size for e in examples)
+    assert count["coarse_errors"] == sum(c.sum() for c in coarse)
+    assert count["mended"] == sum((c & ~m).sum() for c, m in zip(coarse, merged, strict=True))
+    assert count["made"] == sum((~c & m).sum() for c, m in zip(coarse, merged, strict=True))
+    assert count["mended"] + count["made"] > 0
+    assert count["mended"] <= count["coarse_errors_selected"] <= min(count["coarse_errors"], count["selected"])
+
+
+def test_the_fine_fields_table_by_hand(tmp_path):
+    assert report.fine_field(tmp_path) == ""
+    (tmp_path / "run").mkdir()
+    count = dict(zip(fine_field.COUNTS, (1000, 125, 40, 32, 8, 4), strict=True))
+    (tmp_path / "run" / "fine_field.json").write_text(json.dumps(count))
+    assert report.fine_field(tmp_path).splitlines()[-1] == "| run | 12.5 % | 4.0 % | 80.0 % | 25.0 % | 0.50 |"
 
 
 def test_seeds_are_averaged_by_object_and_folds_stand_together(tmp_path):
