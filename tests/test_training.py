@@ -111,8 +111,8 @@ def test_only_what_the_configuration_names_is_trained(sam_folder, trained):
     assert changed <= set(trainable)
     changed = {id(trainable[name]) for name in changed}
     parts = model.parameter_parts()
-    baselines = {"mask head", "convolutional head", "U-Net"}
-    assert set(parts) == set(train.LEARNING_RATES) - {"image encoder", "mask decoder"} - baselines
+    others = {"mask head", "convolutional head", "U-Net", "feature context", "ellipse prior"}
+    assert set(parts) == set(train.LEARNING_RATES) - {"image encoder", "mask decoder"} - others
     for name, parameters in parts.items():
         unchanged = [p for p in parameters if id(p) not in changed]
         # Prompts that are not boxes have embeddings that no gradient reaches.
