@@ -280,8 +280,8 @@ def hygiene(results: Path) -> str:
 
 def fine_field(results: Path) -> str:
     """What fine_field.py has counted, as shares."""
-    heads = ["", "selected", "coarse errors", "of them selected", "of these mended", "errors made, against mended"]
-    lines = ["### What the fine field does", "", f"| {' | '.join(heads)} |".replace("|  |", "| |", 1)]
+    heads = ["run", "selected", "coarse errors", "of them selected", "of these mended", "errors made, against mended"]
+    lines = ["### What the fine field does", "", f"| {' | '.join(heads)} |"]
     lines.append("|---|" + "---:|" * (len(heads) - 1))
     paths = sorted(results.glob("*/fine_field.json"))
     for path in paths:
