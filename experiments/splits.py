@@ -17,7 +17,8 @@ from imedsam.training.report import write_json
 
 NUM_FOLDS = 5
 # What the medical start point has been trained on, of the sets that are looked through: all, or a split. The images
-# are left out whatever a run starts from, so that all runs are scored on the same ones.
+# are left out whatever a run starts from, so that all runs are scored on the same ones. (ACDC's training patients too,
+# but its splits are of patients.)
 SEEN = {"kvasir_other": None, "busi": "train"}
 # The first frames of CVC-ClinicDB's sequences: frames of one are not independent.
 # fmt: off
@@ -56,9 +57,10 @@ def make_splits(root: Path, dataset: str, fold: int | None = None, pairs: list[P
     splits = Splits(names)
     learnt = {(dataset, name) for name in names["train"]}
     for other, split in SEEN.items():
-        if (root / other).is_dir():
-            learnt |= {(other, name) for part, part_names in read_names(root, other).items() for name in part_names
-                       if split in (None, part)}  # fmt: skip
+        if split is None:  # what is near to it is in the pairs, whether the set is here or not
+            learnt |= {image for pair in pairs for image in (pair.first, pair.second) if image[0] == other}
+        elif (root / other).is_dir():
+            learnt |= {(other, name) for name in read_names(root, other)[split]}
     for split in ("validation", "test"):
         own = [(dataset, name) for name in names[split]]
         too_close = find_relatives(own, sorted(learnt - set(own)), pairs)
@@ -93,9 +95,11 @@ def find_relatives(names: list[tuple], others: list[tuple], pairs: list[Pair]) -
 
 
 def clusters(dataset: str, names: list[str], pairs: list[Pair]) -> list[Hashable]:
-    """What is resampled together: frames of a sequence, images of a scene."""
+    """What is resampled together: frames of a sequence, slices of a patient, images of a scene."""
     if dataset == "cvc_clinicdb":
         return [int(np.searchsorted(CVC_SEQUENCES, int(name), side="right")) for name in names]
+    if dataset == "acdc":
+        return [name.partition("_")[0] for name in names]
     return list(group([(dataset, name) for name in names], pairs))
 
 

@@ -93,7 +93,6 @@ def write_set(root, name, **splits):
 
 def test_what_is_close_to_what_was_learnt_is_left_out(tmp_path):
     write_set(tmp_path, "set", train=["a", "b"], validation=["c", "d"], test=["e", "f", "g", "h"])
-    write_set(tmp_path, "kvasir_other", train=["x"])
     across = Pair(("kvasir_other", "x"), ("set", "f"), 4)
     splits = make_splits(
         tmp_path, "set", pairs=[pair("a", "c"), pair("d", "e"), pair("g", "h"), pair("a", "b"), across]
@@ -133,6 +132,8 @@ def test_the_folder_of_a_run_is_a_data_set(tmp_path):
 
 def test_clusters_are_scenes_and_sequences():
     assert len(set(clusters("set", ["a", "b", "c"], [pair("a", "c")]))) == 2
+    slices = ["patient001_frame01_slice_0", "patient001_frame12_slice_3", "patient002_frame01_slice_0"]
+    assert clusters("acdc", slices, []) == ["patient001", "patient001", "patient002"]
     assert clusters("cvc_clinicdb", ["1", "25", "26", "591", "592", "612"], []) == [1, 1, 2, 28, 29, 29]
 
 

@@ -188,6 +188,8 @@ def test_classes(from_sam, label_folder, tmp_path):
     labels = {0: "organ", 1: "lesion"}
     from_sam(id2label=labels).save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")
+    groups = {path.stem: "a and c" if path.stem in "ac" else path.stem for path in label_folder.glob("images/*")}
+    (label_folder / "groups.json").write_text(json.dumps(groups))
     flags = ["--model", tmp_path / "model", "--data", label_folder, "-o", tmp_path / "report"]
     result = evaluate(*flags, "--split", "train", "--mode", "adaptive")
     assert result.exit_code == 0, result.output
@@ -198,8 +200,9 @@ def test_classes(from_sam, label_folder, tmp_path):
     dice = [row["dice"] for row in method["objects"] if row["name"].endswith("organ")]
     assert method["classes"]["organ"]["mean"]["dice"] == pytest.approx(np.mean(dice))
     assert method["classes"]["organ"]["std"]["dice"] == pytest.approx(np.std(dice))
-    # Image b shows both classes: they are resampled together.
-    interval = mean_interval([row["dice"] for row in method["objects"]], ["a", "b", "b", "c"])
+    # Image b shows both classes, and a and c are of one group: they are resampled together.
+    interval = mean_interval([row["dice"] for row in method["objects"]], ["a and c", "b", "b", "a and c"])
+    assert np.isfinite(interval.low) and interval.low < interval.high
     assert method["interval"]["dice"] == pytest.approx([interval.low, interval.high])
     assert "| model, lesion | 1 |" in (tmp_path / "report/report.md").read_text()
 

@@ -13,6 +13,8 @@ from imedsam.training.data import (
 from imedsam.training.examples import load_examples, read_labels, without_empty_masks
 from imedsam.training.phantoms import phantoms_dataset
 
+GROUPS = {"a": 1, "b": 2, "c": 2, "d": 3, "e": 3}
+
 
 def test_a_folder_without_splits_is_split_60_20_20(folder):
     names = {split: load_examples(str(folder), split).names for split in ("train", "validation", "test")}
@@ -20,6 +22,39 @@ def test_a_folder_without_splits_is_split_60_20_20(folder):
     assert sorted(sum(names.values(), [])) == list("abcde")
     assert names["train"] == load_examples(str(folder), "train").names
     assert any(load_examples(str(folder), "train", seed=seed).names != names["train"] for seed in range(1, 6))
+
+
+def test_groups_stay_together_in_a_random_split(folder):
+    (folder / "groups.json").write_text(json.dumps({f"{name}.jpg": group for name, group in GROUPS.items()}))
+    for seed in range(8):
+        train, test = (load_examples(str(folder), split, seed=seed) for split in ("train", "test"))
+        assert train.groups == [GROUPS[name] for name in train.names] and len(train) <= 3
+        assert not {*train.groups} & {*test.groups}
+    assert train.select([1]).groups == train.groups[1:2]
+
+
+def test_a_group_in_two_splits_is_refused(folder):
+    (folder / "groups.json").write_text(json.dumps(GROUPS))
+    (folder / "splits.json").write_text(json.dumps({"train": ["a", "b"], "validation": ["c"], "test": ["d"]}))
+    with pytest.raises(ValueError, match="Expected every group in one split of .*, got 2 in train and validation"):
+        load_examples(str(folder), "train")
+    (folder / "splits.json").write_text(json.dumps({"train": ["a", "b", "c"], "test": ["d", "e"]}))
+    assert load_examples(str(folder), "test").groups == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expected JSON in .*groups.json"),
+        ('["a"]', "Expected an object in .*groups.json, got list"),
+        ('{"a": 1, "b": 1, "c": 2, "d": 2}', "Expected a group for every image in .*groups.json, got none for 'e'"),
+        ('{"a": 1, "b": [1], "c": 2, "d": 2, "e": 2}', "Expected a group for every image in .*, got none for 'b'"),
+    ],
+)
+def test_wrong_groups_are_refused(folder, text, message):
+    (folder / "groups.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_examples(str(folder), "train")
 
 
 def test_examples_of_a_folder(label_folder):

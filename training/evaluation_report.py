@@ -286,11 +286,12 @@ def _curves(prompted: PromptedObject, prediction: Prediction) -> dict[str, np.nd
 
 
 def _summary(setting: Setting, examples: Examples, seed: int) -> dict:
-    """What metrics.json says about a setting. Intervals resample images, as an image's objects are not independent."""
+    """What metrics.json says about a setting. Intervals resample whole groups: their objects are not independent."""
+    groups = [examples.groups[index] for index in next(iter(setting.methods.values())).indices]  # of the objects
     methods = {}
     for name, scores in setting.methods.items():
         table = scores.table
-        intervals = {key: mean_interval(table.column(key), scores.indices, seed=seed) for key in table.mean()}
+        intervals = {key: mean_interval(table.column(key), groups, seed=seed) for key in table.mean()}
         methods[name] = {
             **_moments(table),
             "interval": {key: [interval.low, interval.high] for key, interval in intervals.items()},
@@ -306,7 +307,7 @@ def _summary(setting: Setting, examples: Examples, seed: int) -> dict:
     for other in others:
         a, b = setting.methods[first], setting.methods[other]
         for key in a.table.mean():
-            difference = paired_bootstrap(a.table.column(key), b.table.column(key), a.indices, seed=seed)
+            difference = paired_bootstrap(a.table.column(key), b.table.column(key), groups, seed=seed)
             if difference.count:
                 comparisons.append({"method": first, "against": other, "metric": key, **vars(difference)})
     return {

@@ -1,7 +1,7 @@
 """Images with masks, read when asked for: from a folder, drawn phantoms or the `datasets` library."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,20 @@ class Examples:
         source: `source[i]` is (image, mask), two PIL images.
         names: of the images.
         labels: the name of each value of the masks, `{0: "background", 1: ...}`; None for binary masks.
+        groups: what each image belongs to, such as its patient; each image by itself by default.
     """
 
-    def __init__(self, source, names: Sequence[str], labels: Mapping[int, str] | None = None):
+    def __init__(
+        self,
+        source,
+        names: Sequence[str],
+        labels: Mapping[int, str] | None = None,
+        groups: Sequence[Hashable] | None = None,
+    ):
         self.source = source
         self.names = list(names)
         self.labels = None if labels is None else dict(labels)
+        self.groups = list(range(len(self.names)) if groups is None else groups)
         if labels is not None and sorted(labels) != list(range(len(labels))):
             raise ValueError(f"Expected labels 0, 1, ... without gaps, got {sorted(labels)}: renumber the label maps.")
 
@@ -57,7 +65,8 @@ class Examples:
         return {"image": image, "mask": _read_mask(mask, name, self.labels), "name": name}
 
     def select(self, indices: Sequence[int]) -> "Examples":
-        return Examples(_Subset(self.source, indices), [self.names[i] for i in indices], self.labels)
+        names, groups = ([values[i] for i in indices] for values in (self.names, self.groups))
+        return Examples(_Subset(self.source, indices), names, self.labels, groups)
 
 
 class _Subset:
@@ -94,10 +103,11 @@ def load_examples(
 
     Args:
         dataset: "phantoms", or those of one kind, such as "phantoms:ultrasound"; a folder with
-            `images/NAME.jpg|png`, `masks/NAME.png` and, if there are any, `splits.json` {"train": [names], ...} and
-            `labels.json` {"0": "background", ...}; or a data set for the `datasets` library, saved in a folder or
-            named, with the columns `image` and `mask`, `label` or `annotation`.
-        split: "train", "validation" or "test". What has no splits is split 60:20:20, by `seed`.
+            `images/NAME.jpg|png`, `masks/NAME.png` and, if there are any, `splits.json` {"train": [names], ...},
+            `labels.json` {"0": "background", ...} and `groups.json` {NAME: patient, ...}; or a data set for the
+            `datasets` library, saved in a folder or named, with the columns `image` and `mask`, `label` or
+            `annotation`.
+        split: "train", "validation" or "test". What has no splits is split 60:20:20, by `seed`; groups stay together.
         labels: the names of the masks' values, for label maps without a `labels.json`.
         num_images: at most this many, at least 1; the number to draw of phantoms (20 by default).
         image_size: of phantoms, in pixels.
@@ -105,7 +115,8 @@ def load_examples(
 
     Raises:
         FileNotFoundError: no such folder, or an image without a mask.
-        ValueError: an unknown or empty split, an image in two splits, a missing column, labels that name no classes.
+        ValueError: an unknown or empty split, an image or a group in two splits, a missing column, labels that name no
+            classes.
     """
     if split not in SPLITS:
         raise ValueError(f"Expected split to be one of {', '.join(SPLITS)}, got {split!r}.")
@@ -136,12 +147,17 @@ def _load_phantoms(split, num_images, seed, size, num_classes, kind):
 
 def _load_folder(folder, split, seed, labels):
     images = images_by_name(folder / "images")
+    groups = _read_groups(folder / "groups.json", images) if (folder / "groups.json").exists() else None
     if (folder / "splits.json").exists():
         splits = _read_splits(folder / "splits.json")
         _check_splits_are_disjoint(splits, folder / "splits.json")
+        if groups is not None:
+            of_groups = {part: [groups[name] for name in names if name in groups] for part, names in splits.items()}
+            _check_splits_are_disjoint(of_groups, folder / "splits.json", "group")
         names = _pick_split(splits, split, folder / "splits.json")
     else:
-        names = _split_in_three(list(images), seed)[split]
+        of_images = None if groups is None else [groups[name] for name in images]
+        names = _split_in_three(list(images), seed, of_images)[split]
     if labels is None and (folder / "labels.json").exists():
         labels = read_labels(folder / "labels.json")
     files = []
@@ -154,7 +170,7 @@ def _load_folder(folder, split, seed, labels):
         if not mask.exists():
             raise FileNotFoundError(f"Expected a mask for {image}, got none: {mask} does not exist.")
         files.append((image, mask))
-    return Examples(_Files(files), names, labels)
+    return Examples(_Files(files), names, labels, None if groups is None else [groups[name] for name in names])
 
 
 def images_by_name(folder: Path) -> dict[str, Path]:
@@ -195,14 +211,28 @@ def _without_suffix(name):
     return name.removesuffix(suffix) if (suffix := Path(name).suffix).lower() in IMAGE_SUFFIXES else name
 
 
-def _check_splits_are_disjoint(splits, where):
+def _read_groups(path, images):
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"Expected JSON in {path}, got {error}: {_GROUPS_HELP}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected an object in {path}, got {type(content).__name__}: {_GROUPS_HELP}.")
+    groups = {_without_suffix(name): group for name, group in content.items()}
+    for name in images:
+        if not isinstance(groups.get(name), str | int):
+            raise ValueError(f"Expected a group for every image in {path}, got none for {name!r}: {_GROUPS_HELP}.")
+    return groups
+
+
+def _check_splits_are_disjoint(splits, where, what="image"):
     seen: dict[str, str] = {}
     for split, names in splits.items():
         for name in names:
             if seen.setdefault(name, split) != split:
                 raise ValueError(
-                    f"Expected every image in one split of {where}, got {name!r} in {seen[name]} and {split}: remove "
-                    "it from one, or the scores are of images trained on."
+                    f"Expected every {what} in one split of {where}, got {name!r} in {seen[name]} and {split}: remove "
+                    f"it from one, or the scores are of {what}s trained on."
                 )
 
 
@@ -236,6 +266,7 @@ def read_labels(path: Path) -> dict[int, str]:
 
 
 _LABELS_HELP = 'write {"0": "background", "1": "organ", ...}'
+_GROUPS_HELP = 'write {"a": "patient 1", "b": "patient 1", "c": "patient 2"}'
 _SPLITS_HELP = 'write {"train": ["a", "b"], "validation": ["c"], "test": ["d"]}'
 
 
@@ -305,11 +336,17 @@ def _pick_split(splits, split, where):
     raise ValueError(f"Expected a {split} split in {where}, got {', '.join(splits)}.")
 
 
-def _split_in_three(items, seed):
-    order = np.random.default_rng(seed).permutation(len(items))
-    first, second = (round(share * len(items)) for share in np.cumsum(SPLIT_SHARES)[:2])
-    parts = order[:first], order[first:second], order[second:]
-    return {name: [items[i] for i in sorted(part)] for name, part in zip(SPLITS, parts, strict=True)}
+def _split_in_three(items, seed, groups=None):
+    """Whole groups, each item by itself by default, in random order; a split ends before its share is exceeded."""
+    members: dict[Hashable, list[int]] = {}
+    for number, group in enumerate(range(len(items)) if groups is None else groups):
+        members.setdefault(group, []).append(number)
+    order = [list(members.values())[i] for i in np.random.default_rng(seed).permutation(len(members))]
+    limits = [round(share * len(items)) for share in np.cumsum(SPLIT_SHARES)[:2]]
+    parts: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for group, end in zip(order, np.cumsum([len(group) for group in order]), strict=True):
+        parts[SPLITS[np.searchsorted(limits, end)]] += group
+    return {name: [items[i] for i in sorted(part)] for name, part in parts.items()}
 
 
 def _read_mask(mask, name, labels):
