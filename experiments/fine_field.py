@@ -29,6 +29,8 @@ def main() -> None:
     args = parser.parse_args()
     for run in args.runs:
         data, folder = run.partition("-")[0], args.output_dir / run
+        if not (folder / "config.json").exists():
+            raise SystemExit(f"Expected the weights of {run} in {folder}, got none: runner.py --runs {run} trains it.")
         model, processor = load_trained(folder, "imedsam")
         counts = count(model, processor, open_examples(folder / "data" / data, data, "validation"))
         write_json(args.results / run / "fine_field.json", counts)

@@ -269,7 +269,7 @@ def hygiene(results: Path) -> str:
     dropped: dict[str, dict[str, int]] = {}
     for path in sorted(results.glob("*/run.json")):
         fact = json.loads(path.read_text())
-        data = fact["run"].partition("-medical")[0].partition("-imagenet")[0].partition("-fold")[0]
+        data = fact["run"].partition("-medical")[0].partition("-imagenet")[0]  # and the fold
         dropped[data] = {split: len(names) for split, names in fact["dropped"].items()}
     dropped = {data: splits for data, splits in dropped.items() if splits}  # phantoms have none
     if dropped:
@@ -286,19 +286,15 @@ def fine_field(results: Path) -> str:
     paths = sorted(results.glob("*/fine_field.json"))
     for path in paths:
         count = json.loads(path.read_text())
-        shares = (
-            count["selected"] / count["pixels"],
-            count["coarse_errors"] / count["pixels"],
-            count["coarse_errors_selected"] / count["coarse_errors"],
-            count["mended"] / count["coarse_errors_selected"],
-        )
-        cells = [
-            path.parent.name,
-            *(f"{100 * share:.1f} %" for share in shares),
-            f"{count['made'] / count['mended']:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        of = {"selected": "pixels", "coarse_errors": "pixels", "coarse_errors_selected": "coarse_errors"}
+        of["mended"] = "coarse_errors_selected"
+        cells = [path.parent.name, *(f"{100 * _share(count[part], count[whole]):.1f} %" for part, whole in of.items())]
+        lines.append(f"| {' | '.join(cells)} | {_share(count['made'], count['mended']):.2f} |")
     return "\n".join(lines) if paths else ""
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
 
 
 def write_between_markers(path: Path, content: str) -> None:

@@ -32,6 +32,7 @@ WITHOUT_SAM = ("unet", "unet_without_prompt")
 DATASETS = {
     "kvasir_sessile": "",
     "busi": "--eval_every 1 --coarse_ramp_epochs 1.5",
+    "acdc": "--eval_every 1 --coarse_ramp_epochs 2",
     "phantoms:ultrasound": "--num_train_images 120 --num_eval_images 40 --phantom_size 384",
 }
 # Of phantoms when scored: they are drawn at any size.

@@ -381,6 +381,8 @@ def test_the_fine_fields_table_by_hand(tmp_path):
     count = dict(zip(fine_field.COUNTS, (1000, 125, 40, 32, 8, 4), strict=True))
     (tmp_path / "run" / "fine_field.json").write_text(json.dumps(count))
     assert report.fine_field(tmp_path).splitlines()[-1] == "| run | 12.5 % | 4.0 % | 80.0 % | 25.0 % | 0.50 |"
+    (tmp_path / "run" / "fine_field.json").write_text(json.dumps(count | {"mended": 0}))
+    assert report.fine_field(tmp_path).splitlines()[-1] == "| run | 12.5 % | 4.0 % | 80.0 % | 0.0 % | nan |"
 
 
 def test_seeds_are_averaged_by_object_and_folds_stand_together(tmp_path):
