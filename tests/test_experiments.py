@@ -375,6 +375,22 @@ def test_what_the_fine_field_mends_and_makes(done):
     assert count["mended"] <= count["coarse_errors_selected"] <= min(count["coarse_errors"], count["selected"])
 
 
+def test_what_was_left_out_is_said_of_each_set_and_fold(tmp_path):
+    for run, dropped in {
+        "busi-medical-imedsam-seed0": {"validation": {"a": "busi/b"}, "test": {"c": "busi/d", "e": "busi/d"}},
+        "kvasir_sessile-fold0-medical-imedsam-seed0": {"validation": {"f": "kvasir_other/g"}, "test": {}},
+        "kvasir_sessile-imagenet-imedsam-seed0": {"validation": {}, "test": {"h": "kvasir_sessile/i"}},
+        "phantoms_ultrasound-medical-imedsam-seed0": {},
+    }.items():
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "run.json").write_text(json.dumps({"run": run, "dropped": dropped}))
+    assert report.hygiene(tmp_path).splitlines()[-3:] == [
+        "| busi | 1 | 2 |",
+        "| kvasir_sessile-fold0 | 1 | 0 |",
+        "| kvasir_sessile | 0 | 1 |",
+    ]
+
+
 def test_the_fine_fields_table_by_hand(tmp_path):
     assert report.fine_field(tmp_path) == ""
     (tmp_path / "run").mkdir()
