@@ -58,7 +58,7 @@ class IMedSamConfig(PreTrainedConfig):
             Octaves of the Fourier features of that position.
         ellipse_prior (`bool`):
             Add the fields' outputs to a learnt multiple of the ellipse inscribed in the prompt's frame, so that a mask
-            starts as that ellipse.
+            starts as that ellipse. `False` for the paper's fields, which have to learn what a box is.
         feature_context (`bool`):
             Give the image features a residual block of 3 x 3 convolutions before the fields see them.
         coarse_widths (`list[int]`):
@@ -110,7 +110,7 @@ class IMedSamConfig(PreTrainedConfig):
     coordinate_octaves: int = 10
     prompt_frame: bool = True
     prompt_frame_octaves: int = 4
-    ellipse_prior: bool = False
+    ellipse_prior: bool = True
     feature_context: bool = False
     coarse_widths: list[int] | tuple[int, ...] = (1024, 512)
     coarse_features: int = 256

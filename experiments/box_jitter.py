@@ -10,10 +10,11 @@ from dataclasses import replace
 
 from main_table import BEST_UNET
 from runner import main
-from runs import FLOORS, Row, Run, Table, changes
+from runs import FLOORS, WITH_PRIOR, Row, Run, Table, changes
 
 METHODS = {
     "I-MedSAM": Run(),
+    "I-MedSAM, ellipse prior": Run(flags=WITH_PRIOR),
     "SAM's decoder": Run("sam_decoder"),
     "SAM's decoder, box as mask prompt too": Run("sam_decoder_box_mask"),
     "convolutional head": Run("convolutional"),

@@ -11,17 +11,12 @@ instead of 27) and more Dice, and the context a finer boundary; found: the first
 """
 
 from runner import main
-from runs import FLOORS, Row, Run, Table, seeds
+from runs import FLOORS, WITH_PRIOR, Row, Run, Table, seeds
 
 AT_128 = "--image_size 128"
 
 
 SCORED_ON = (("kvasir_sessile", "validation"), ("kvasir_sessile", "test"), ("cvc_clinicdb", "test"))
-
-
-def with_config(values: str) -> tuple[Run, ...]:
-    return (Run(flags=f"{AT_128} --config {values}"),)
-
 
 TABLES = (
     Table(
@@ -30,10 +25,10 @@ TABLES = (
         (
             *FLOORS,
             Row("I-MedSAM", (Run(flags=AT_128),)),
-            Row("+ ellipse prior", with_config("ellipse_prior=true")),
-            Row("+ feature context", with_config("feature_context=true")),
-            Row("+ both", with_config("ellipse_prior=true feature_context=true")),
-            Row("6 octaves instead of 10", with_config("coordinate_octaves=6")),
+            Row("+ ellipse prior", (Run(flags=f"{AT_128} {WITH_PRIOR}"),)),
+            Row("+ feature context", (Run(flags=f"{AT_128} --config feature_context=true"),)),
+            Row("+ both", (Run(flags=f"{AT_128} {WITH_PRIOR} feature_context=true"),)),
+            Row("6 octaves instead of 10", (Run(flags=f"{AT_128} --config coordinate_octaves=6"),)),
             Row("60 % of the points uniform instead of 30", (Run(flags=f"{AT_128} --uniform_share 0.6"),)),
             Row("SAM's decoder, box as mask prompt too", (Run("sam_decoder_box_mask", flags=AT_128),)),
             Row("convolutional head", (Run("convolutional", flags=AT_128),)),
@@ -49,8 +44,8 @@ TABLES = (
         (
             *FLOORS,
             Row("I-MedSAM", seeds(Run(), 0, 1, 2)),
-            Row("+ ellipse prior", (Run(flags="--config ellipse_prior=true"),)),
-            Row("+ both", (Run(flags="--config ellipse_prior=true feature_context=true"),)),
+            Row("+ ellipse prior", (Run(flags=WITH_PRIOR),)),
+            Row("+ both", (Run(flags=f"{WITH_PRIOR} feature_context=true"),)),
             Row("SAM's decoder, box as mask prompt too", (Run("sam_decoder_box_mask"),)),
             Row("convolutional head", (Run("convolutional"),)),
         ),

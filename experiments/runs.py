@@ -17,13 +17,15 @@ RECIPE = (
     "--encoder_learning_rate 2e-4 --weight_decay 0.1 --ema_decay 0.997 --evaluation_size 128 "
     "--eval_every 3 --augmentation light"
 )
+# The paper's fields, which every run has unless its flags say otherwise, and what the model has by default.
+PAPER, WITH_PRIOR = "ellipse_prior=false", "--config ellipse_prior=true"
 # What a start point needs beside its folder: the medical one's encoder is frozen but for its adapters.
 STARTS = {
-    "medical": ("medical-tiny-sam-384", "--config lora_rank=16 lora_alpha=16 train_mask_decoder=true"),
+    "medical": ("medical-tiny-sam-384", f"--config lora_rank=16 lora_alpha=16 train_mask_decoder=true {PAPER}"),
     "imagenet": (
         "deit-tiny-sam-384",
         "--augmentation strong --num_warmup_steps 50 "
-        "--config lora_rank=0 train_image_encoder=true train_mask_decoder=true",
+        f"--config lora_rank=0 train_image_encoder=true train_mask_decoder=true {PAPER}",
     ),
 }
 # Methods that have no SAM, whose `--config` has other keys.

@@ -96,8 +96,8 @@ def trained(sam_folder, tmp_path_factory):
 def test_training_lowers_the_loss_and_finds_the_object(trained):
     report = read(trained)
     losses = [row["loss"] for row in report["history"]]
-    assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
-    assert report["validation"]["dice"] > 0.6
+    assert len(losses) == 12 and losses[-1] < 0.85 * losses[0]  # which is that of the ellipse in the box
+    assert report["validation"]["dice"] > 0.75
 
 
 def test_only_what_the_configuration_names_is_trained(sam_folder, trained):
@@ -111,7 +111,7 @@ def test_only_what_the_configuration_names_is_trained(sam_folder, trained):
     assert changed <= set(trainable)
     changed = {id(trainable[name]) for name in changed}
     parts = model.parameter_parts()
-    others = {"mask head", "convolutional head", "U-Net", "feature context", "ellipse prior"}
+    others = {"mask head", "convolutional head", "U-Net", "feature context"}
     assert set(parts) == set(train.LEARNING_RATES) - {"image encoder", "mask decoder"} - others
     for name, parameters in parts.items():
         unchanged = [p for p in parameters if id(p) not in changed]
