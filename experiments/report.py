@@ -223,7 +223,7 @@ def draw(table: Table, scored: Sequence[Scored], data: str, path: Path) -> None:
     metric = table.columns[0]
     name, scale = METRICS[metric]
     means = [scaled_interval(one, metric, data, scale) for one in scored]
-    figure = Figure(figsize=(7, 0.6 + 0.34 * len(scored)) if not table.x else (7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 0.6 + 0.34 * len(scored)) if not table.x else (9, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     if table.x:
@@ -233,7 +233,7 @@ def draw(table: Table, scored: Sequence[Scored], data: str, path: Path) -> None:
             axis.errorbar(x, [m.mean for m in y], _errors(y), marker="o", capsize=3, label=series or None)
         axis.set(xlabel=table.x, ylabel=name)
         if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=8)
+            figure.legend(loc="outside right upper", fontsize=8)
     else:
         places = range(len(scored))
         axis.errorbar([m.mean for m in means], places, xerr=_errors(means), fmt="o", capsize=3)
