@@ -144,7 +144,7 @@ def trained_pipeline(args: argparse.Namespace, num_images: int | None = 8) -> tu
     if root is not None and not args.quick:
         dataset, what = str(Path(root) / "data" / "kvasir_sessile"), "Kvasir-Sessile, validation images"
         start, folder = str(Path(root) / "checkpoints" / "medical-tiny-sam-384"), "outputs/benchmarks/kvasir-sessile"
-        flags = f"--augmentation light {FIELD_TRAINING.format(epochs=8)}"
+        flags = f"--augmentation light --config ellipse_prior=false {FIELD_TRAINING.format(epochs=8)}"
     else:
         dataset, what = "phantoms:ultrasound", "phantoms that the model has not seen"
         start, folder = save_start(), f"outputs/benchmarks/phantoms{'-quick' if args.quick else ''}"
@@ -195,7 +195,8 @@ def save_start() -> str:
     vision = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_dim": 384}
     vision |= {"image_size": 128, "patch_size": 8, "window_size": 0, "use_rel_pos": False, "initializer_range": 0.08}
     sam = {"vision_config": vision | {"scale": 1.0}, "prompt_encoder_config": {"image_size": 128, "patch_size": 8}}
-    config = IMedSamConfig(sam_config=sam, lora_rank=0, train_image_encoder=True, train_mask_decoder=True)
+    training = {"lora_rank": 0, "train_image_encoder": True, "train_mask_decoder": True}
+    config = IMedSamConfig(sam_config=sam, ellipse_prior=False, **training)
     folder = "outputs/benchmarks/start"
     torch.manual_seed(SEED)
     IMedSamModel(config).save_pretrained(folder)

@@ -39,7 +39,7 @@ from imedsam.training.evaluation import sample_mask
 from imedsam.training.metrics import dice
 
 SIZES = (128, 256, 384, 896, 2048, 4096)
-GOAL_SIZE = 896  # the largest that is timed in several rounds
+GOAL_SIZE = 896  # the largest at which exact rendering and the reference are timed in several rounds
 QUICK_SIZE = 256
 NEAR = 2  # pixels
 PRODUCTS = ("products before", "products after")

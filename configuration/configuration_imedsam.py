@@ -26,10 +26,12 @@ INHERITED_KEYS = {
 class IMedSamConfig(PreTrainedConfig):
     r"""
     Configuration of [`IMedSamModel`]. The defaults are the paper's setting: SAM ViT-B at 384 x 384 pixels, LoRA of
-    rank 4 on queries and values, a frequency branch on the amplitude spectrum, and a coarse and a fine implicit field.
+    rank 4 on queries and values, a frequency branch on the amplitude spectrum, and a coarse and a fine implicit field;
+    and two parts of ours that tell the fields where the box is, `prompt_frame` and `ellipse_prior`.
 
     Every ablation is a value here, not other code: `lora_rank=0`, `frequency_view=None | "phase" | "haar"`,
-    `implicit_decoder=False` (SAM's own mask decoder instead), `selection=None | "top_k"`, `prompt_frame=False`.
+    `implicit_decoder=False` (SAM's own mask decoder instead), `selection=None | "top_k"`, `prompt_frame=False`,
+    `ellipse_prior=False`.
 
     Args:
         sam_config (`SamConfig` or `dict`, *optional*):
@@ -58,7 +60,8 @@ class IMedSamConfig(PreTrainedConfig):
             Octaves of the Fourier features of that position.
         ellipse_prior (`bool`):
             Add the fields' outputs to a learnt multiple of the ellipse inscribed in the prompt's frame, so that a mask
-            starts as that ellipse. `False` for the paper's fields, which have to learn what a box is.
+            starts as that ellipse. `False` for the paper's fields, which have to learn what a box is. A single point
+            has a circle, a sixteenth of the square in radius: for prompts other than boxes, train with them.
         feature_context (`bool`):
             Give the image features a residual block of 3 x 3 convolutions before the fields see them.
         coarse_widths (`list[int]`):
@@ -142,9 +145,12 @@ class IMedSamConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Values given beside the dictionary are held to the same rules as those in it."""
+        """
+        Values given beside the dictionary are held to the same rules as those in it. What was saved before there was
+        an ellipse prior has none.
+        """
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in CONFIGURATION_KEYS}
-        return super().from_dict({**config_dict, **given}, **kwargs)
+        return super().from_dict({"ellipse_prior": False, **config_dict, **given}, **kwargs)
 
     @property
     def image_size(self) -> int:

@@ -30,7 +30,10 @@ def main() -> None:
     for run in args.runs:
         data, folder = run.partition("-")[0], args.output_dir / run
         if not (folder / "config.json").exists():
-            raise SystemExit(f"Expected the weights of {run} in {folder}, got none: runner.py --runs {run} trains it.")
+            raise SystemExit(
+                f"Expected the weights of {run} in {folder}, got none: count where it was trained, or move its "
+                "results away and train it anew."
+            )
         model, processor = load_trained(folder, "imedsam")
         counts = count(model, processor, open_examples(folder / "data" / data, data, "validation"))
         write_json(args.results / run / "fine_field.json", counts)
@@ -41,8 +44,8 @@ def count(model, processor, examples) -> dict[str, int]:
     """Pixels of all images, at their own size, rendered exactly with the exact box as the prompt."""
     totals = dict.fromkeys(COUNTS, 0)
     for example in tqdm(examples, unit="image"):
-        target = torch.from_numpy(example["mask"] > 0)
-        field, region = field_of(model, processor, example)
+        field, region, mask = field_of(model, processor, example)
+        target = torch.from_numpy(mask)
         masks = field.render(target.shape, region, mode="exact")
         selected = (masks.uncertainty > field.threshold[..., None, None])[0, 0, 0].cpu()
         coarse, merged = ((m[0, 0, 0].cpu() > 0) != target for m in (masks.coarse_logits, masks.logits))

@@ -147,6 +147,8 @@ def refuse_another_recipe(path: Path, flags: list[str]) -> None:
     """A run from before, finished or not, counts if it was made with the flags that are given now."""
     made_with, asked_for = json.loads(path.read_text())["arguments"], vars(parse_args(flags))
     asked_for = json.loads(json.dumps(asked_for))
+    if made_with["config"]:  # from before there was an ellipse prior, it may not say that it had none
+        made_with["config"] = {"ellipse_prior": False, **made_with["config"]}
     ignored = {*MACHINE_DEPENDENT, *(DERIVED if asked_for["max_train_steps"] else ())}
     if different := [
         k for k, value in asked_for.items() if k not in ignored and value not in (None, made_with.get(k))

@@ -4,8 +4,8 @@ Tables and plots of all results there are, into docs/results.md between its two 
     python experiments/report.py
 
 Cost: seconds. A table is left out where none of its runs has been scored. Intervals are of 95 %, by bootstrap over the
-objects (the sequences of CVC-ClinicDB, the scenes of the other sets); the means of several seeds are taken object by
-object before, and those of folds stand together.
+objects (the sequences of CVC-ClinicDB, ACDC's patients, the scenes of the other sets); the means of several seeds are
+taken object by object before, and those of folds stand together.
 """
 
 import argparse
@@ -286,8 +286,12 @@ def fine_field(results: Path) -> str:
     paths = sorted(results.glob("*/fine_field.json"))
     for path in paths:
         count = json.loads(path.read_text())
-        of = {"selected": "pixels", "coarse_errors": "pixels", "coarse_errors_selected": "coarse_errors"}
-        of["mended"] = "coarse_errors_selected"
+        of = {
+            "selected": "pixels",
+            "coarse_errors": "pixels",
+            "coarse_errors_selected": "coarse_errors",
+            "mended": "coarse_errors_selected",
+        }
         cells = [path.parent.name, *(f"{100 * _share(count[part], count[whole]):.1f} %" for part, whole in of.items())]
         lines.append(f"| {' | '.join(cells)} | {_share(count['made'], count['mended']):.2f} |")
     return "\n".join(lines) if paths else ""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from copy import copy, deepcopy
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -18,6 +19,7 @@ from imedsam.image_encoder import resize_positions
 from imedsam.mask_field import MaskField
 from imedsam.rendering import check_region
 from imedsam.tiles import pixel_centres
+from imedsam.training.data import split_by_class
 from imedsam.training.evaluation import evaluate_masks, floor_metrics
 from imedsam.training.examples import Examples, load_examples
 from imedsam.training.metrics import MetricTable, box_from_mask
@@ -177,14 +179,21 @@ class FieldWithinBox:
         return rendered
 
 
-def field_of(model: IMedSamModel, processor: IMedSamProcessor, example: dict) -> tuple[MaskField, Tensor]:
-    """The field of an image and the exact box of its object, and the region of the square that the image fills."""
-    boxes = [[list(map(float, box_from_mask(example["mask"] > 0)))]]
+def field_of(model: IMedSamModel, processor: IMedSamProcessor, example: dict) -> tuple[MaskField, Tensor, np.ndarray]:
+    """
+    The field of an image and the exact box of its object (of its first class), the region of the square that the image
+    fills, and the object's mask.
+    """
+    (index, *_), (target, *_) = split_by_class(example["mask"])
+    boxes = [[list(map(float, box_from_mask(target)))]]
     inputs = processor(images=[example["image"]], input_boxes=boxes, return_tensors="pt").to(model.device)
     sizes = inputs["reshaped_input_sizes"]
     embeddings = model.get_image_embeddings(inputs["pixel_values"], sizes)
-    field = model.get_mask_field(embeddings, input_boxes=inputs["input_boxes"], reshaped_input_sizes=sizes)
-    return field, processor.get_image_regions(inputs["original_sizes"], sizes)
+    labels = torch.tensor([[index]], device=model.device)
+    field = model.get_mask_field(
+        embeddings, input_boxes=inputs["input_boxes"], class_labels=labels, reshaped_input_sizes=sizes
+    )
+    return field, processor.get_image_regions(inputs["original_sizes"], sizes), target
 
 
 @torch.inference_mode()
@@ -194,8 +203,8 @@ def time_per_image(model: IMedSamModel, processor: IMedSamProcessor, examples: E
     for index in [0, *range(min(TIMED_IMAGES, len(examples)))]:  # the first one, as a warm-up, does not count
         example = examples[index]
         started_at = time.perf_counter()
-        field, region = field_of(model, processor, example)
-        field.render(example["mask"].shape, region).logits.cpu()
+        field, region, target = field_of(model, processor, example)
+        field.render(target.shape, region).logits.cpu()
         seconds.append(time.perf_counter() - started_at)
     return sorted(seconds[1:])[len(seconds[1:]) // 2]
 

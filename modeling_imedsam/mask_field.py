@@ -322,9 +322,9 @@ class ImplicitMaskField(MaskField):
         """Of hidden vectors (R, N, D) before dropout and their logits, (R, M, N), in float32 at least."""
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = at_least_float32(hidden)
-            weight, bias = (values.to(hidden.dtype) for values in self.coarse_head)
+            weight = self.coarse_head[0].to(hidden.dtype)
             if self.dropout_masks is not None:
-                return monte_carlo_variance(hidden, weight, bias, self.dropout_masks)
+                return monte_carlo_variance(hidden, logits, weight, self.dropout_masks)
             return closed_form_variance(hidden, logits, weight, self.config.dropout)
 
     def _refine(

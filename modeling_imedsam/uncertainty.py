@@ -47,20 +47,21 @@ def probability_variance(mean: Tensor, variance: Tensor) -> Tensor:
     return ((probabilities - expected).square() * weights).sum(dim=-1)
 
 
-def monte_carlo_variance(hidden: Tensor, weight: Tensor, bias: Tensor, masks: Tensor) -> Tensor:
+def monte_carlo_variance(hidden: Tensor, logits: Tensor, weight: Tensor, masks: Tensor) -> Tensor:
     """
     Variance of the coarse probability over T dropout masks. The same masks serve every point, as each stands for one
     thinned network: the uncertainty is then a function of the point alone, and a pass costs one more row of the head.
 
     Args:
         hidden: (R, N, D).
-        weight, bias: (R, M, D) and (R, M), of the head.
+        logits: (R, M, N), of the pass without dropout. What they have beside the head, a prior, every pass has.
+        weight: (R, M, D), of the head.
         masks: (T, D), 0 or 1 / (1 - p).
 
     Returns:
         (R, M, N), in [0, 0.25]; population variance, as in Eq. 7.
     """
-    probabilities = [torch.sigmoid((weight * mask) @ hidden.transpose(1, 2) + bias[..., None]) for mask in masks]
+    probabilities = [torch.sigmoid(logits + (weight * (mask - 1)) @ hidden.transpose(1, 2)) for mask in masks]
     return torch.stack(probabilities).var(dim=0, correction=0)
 
 

@@ -198,3 +198,12 @@ def test_the_callers_dictionaries_are_left_alone():
 def test_classes_and_sam_are_checked(values, error, message):
     with pytest.raises(error, match=message):
         IMedSamConfig(**values)
+
+
+def test_what_was_saved_before_there_was_a_prior_has_none(tmp_path):
+    IMedSamConfig().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved.pop("ellipse_prior") is True
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert not IMedSamConfig.from_pretrained(tmp_path).ellipse_prior
+    assert IMedSamConfig.from_pretrained(tmp_path, ellipse_prior=True).ellipse_prior

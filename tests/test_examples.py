@@ -13,7 +13,7 @@ from imedsam.training.data import (
 from imedsam.training.examples import load_examples, read_labels, without_empty_masks
 from imedsam.training.phantoms import phantoms_dataset
 
-GROUPS = {"a": 1, "b": 2, "c": 2, "d": 3, "e": 3}
+GROUPS = {"a": "1", "b": "2", "c": "2", "d": "3", "e": "4"}
 
 
 def test_a_folder_without_splits_is_split_60_20_20(folder):
@@ -27,19 +27,29 @@ def test_a_folder_without_splits_is_split_60_20_20(folder):
 def test_groups_stay_together_in_a_random_split(folder):
     (folder / "groups.json").write_text(json.dumps({f"{name}.jpg": group for name, group in GROUPS.items()}))
     for seed in range(8):
-        train, test = (load_examples(str(folder), split, seed=seed) for split in ("train", "test"))
-        assert train.groups == [GROUPS[name] for name in train.names] and len(train) <= 3
-        assert not {*train.groups} & {*test.groups}
-    assert train.select([1]).groups == train.groups[1:2]
+        parts = [load_examples(str(folder), split, seed=seed) for split in ("train", "validation", "test")]
+        assert all(part.groups == [GROUPS[name] for name in part.names] for part in parts)
+        assert sorted(sum((part.names for part in parts), [])) == list(GROUPS)
+        assert sum(len(set(part.groups)) for part in parts) == 4 and 2 <= len(parts[0]) <= 3
+    assert parts[0].select([1]).groups == parts[0].groups[1:]
+    (folder / "groups.json").write_text(json.dumps(dict.fromkeys("abc", "x") | dict.fromkeys("de", "y")))
+    with pytest.raises(ValueError, match="test split of .*, got none: .*too few images or groups"):
+        load_examples(str(folder), "test")
+
+
+def test_random_splits_have_their_shares(tmp_path):
+    folder = write_folder(tmp_path / "data", [disk(20, 20, 10, 10, 5)] * 10)
+    names = [load_examples(str(folder), split).names for split in ("train", "validation", "test")]
+    assert [len(part) for part in names] == [6, 2, 2] and len({*names[0], *names[1], *names[2]}) == 10
 
 
 def test_a_group_in_two_splits_is_refused(folder):
     (folder / "groups.json").write_text(json.dumps(GROUPS))
     (folder / "splits.json").write_text(json.dumps({"train": ["a", "b"], "validation": ["c"], "test": ["d"]}))
-    with pytest.raises(ValueError, match="Expected every group in one split of .*, got 2 in train and validation"):
+    with pytest.raises(ValueError, match="Expected every group in one split of .*, got '2' in train and validation"):
         load_examples(str(folder), "train")
     (folder / "splits.json").write_text(json.dumps({"train": ["a", "b", "c"], "test": ["d", "e"]}))
-    assert load_examples(str(folder), "test").groups == [3, 3]
+    assert load_examples(str(folder), "test").groups == ["3", "4"]
 
 
 @pytest.mark.parametrize(
@@ -47,8 +57,11 @@ def test_a_group_in_two_splits_is_refused(folder):
     [
         ("{", "Expected JSON in .*groups.json"),
         ('["a"]', "Expected an object in .*groups.json, got list"),
-        ('{"a": 1, "b": 1, "c": 2, "d": 2}', "Expected a group for every image in .*groups.json, got none for 'e'"),
-        ('{"a": 1, "b": [1], "c": 2, "d": 2, "e": 2}', "Expected a group for every image in .*, got none for 'b'"),
+        (
+            '{"a": "1", "b": "1", "c": "2", "d": "2"}',
+            "Expected the name of a group for .*groups.json, got none for 'e'",
+        ),
+        ('{"a": "1", "b": 1, "c": "2", "d": "2", "e": "2"}', "Expected the name of a group for .*, got 1 for 'b'"),
     ],
 )
 def test_wrong_groups_are_refused(folder, text, message):

@@ -203,6 +203,14 @@ def naive_coarse(decoder, encoded, prompt):
     return hidden
 
 
+def naive_prior(field, points, label):
+    """What the ellipse in the prompt's frame adds at points (R, N, 2)."""
+    if field.decoder.ellipse is None:
+        return 0.0
+    q = (points - field.frame[:, None, :2]) / field.frame[:, None, 2:]
+    return field.decoder.ellipse.slope[label] * (1 - (q.clamp(-3, 3) ** 2).sum(dim=-1).sqrt())
+
+
 def naive_values(field, points, label):
     """Coarse and fine logits of one class at every point (B, P, N, 2), from the equations."""
     decoder, points = field.decoder, points.flatten(0, 1)
@@ -215,10 +223,7 @@ def naive_values(field, points, label):
         hidden = F.relu(hidden @ layer.weight.T + layer.bias)
     hidden = F.relu(hidden @ decoder.fine.head_hidden.weight[label].T + decoder.fine.head_hidden.bias[label])
     fine = hidden @ decoder.fine.head_out.weight[label].T + decoder.fine.head_out.bias[label]
-    prior = 0.0
-    if decoder.ellipse is not None:
-        q = (points - field.frame[:, None, :2]) / field.frame[:, None, 2:]
-        prior = decoder.ellipse.slope[label] * (1 - (q.clamp(-3, 3) ** 2).sum(dim=-1).sqrt())
+    prior = naive_prior(field, points, label)
     return (head[..., 0] + prior).unflatten(0, (2, 3)), (fine[..., 0] + prior).unflatten(0, (2, 3))
 
 
@@ -235,6 +240,23 @@ def test_against_the_naive_networks(make_field, num_labels, ellipse_prior):
         assert_close(values.coarse_logits[:, :, label], coarse, atol=1e-4, rtol=1e-4)
         assert_close(values.logits[:, :, label], fine, atol=1e-4, rtol=1e-4)
         assert (coarse - fine).abs().mean() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ellipse_prior", [False, True])
+def test_monte_carlo_against_whole_passes(make_field, ellipse_prior):
+    """Each pass of Eq. 7 is a coarse field with dropout before its head, the prior included."""
+    field = make_field(num_labels=2, uncertainty="monte_carlo", monte_carlo_samples=5, ellipse_prior=ellipse_prior)
+    points = random_points(50).flatten(0, 1)
+    encoded = field.decoder.encode(points, field.features, field.frame)
+    hidden, head = naive_coarse(field.decoder, encoded, field.prompt), field.decoder.coarse.head
+    uncertainty = field.values(points.unflatten(0, (2, 3))).uncertainty.flatten(0, 1)
+    for label in range(2):
+        logits = [(hidden * mask) @ head.weight[label, 0] + head.bias[label, 0] for mask in field.dropout_masks]
+        prior = naive_prior(field, points, label)
+        expected = torch.stack([torch.sigmoid(one + prior) for one in logits]).var(dim=0, correction=0)
+        assert_close(uncertainty[:, label], expected, atol=1e-5, rtol=1e-3)
+        assert expected.max() > 0.01
 
 
 @torch.no_grad()

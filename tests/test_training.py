@@ -98,6 +98,7 @@ def test_training_lowers_the_loss_and_finds_the_object(trained):
     losses = [row["loss"] for row in report["history"]]
     assert len(losses) == 12 and losses[-1] < 0.85 * losses[0]  # which is that of the ellipse in the box
     assert report["validation"]["dice"] > 0.75
+    assert report["validation"]["dice"] > report["floors"]["filled box"]["dice"]
 
 
 def test_only_what_the_configuration_names_is_trained(sam_folder, trained):

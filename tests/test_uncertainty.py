@@ -75,7 +75,7 @@ def test_probability_variance_is_even_and_keeps_its_digits():
 def test_monte_carlo_against_a_plain_loop(head, samples):
     hidden, weight, bias = head
     masks = dropout_masks(samples, 64, 0.5, torch.device("cpu"), torch.float32)
-    variance = monte_carlo_variance(hidden, weight, bias, masks)
+    variance = monte_carlo_variance(hidden, weight @ hidden.transpose(1, 2) + bias[..., None], weight, masks)
     for row in range(2):
         for label in range(3):
             for point in range(6):
@@ -89,8 +89,10 @@ def test_monte_carlo_against_a_plain_loop(head, samples):
 
 
 def test_monte_carlo_tends_to_the_passes(head):
+    hidden, weight, bias = head
     masks = dropout_masks(4000, 64, 0.5, torch.device("cpu"), torch.float32)
-    assert_close(monte_carlo_variance(*head, masks), passes(head, 0.5).sigmoid().var(dim=0), rtol=0.1, atol=1e-3)
+    variance = monte_carlo_variance(hidden, weight @ hidden.transpose(1, 2) + bias[..., None], weight, masks)
+    assert_close(variance, passes(head, 0.5).sigmoid().var(dim=0), rtol=0.1, atol=1e-3)
 
 
 def test_dropout_masks():

@@ -4,11 +4,11 @@ same data, prompts, schedule, augmentation and seeds.
 
 | `--method` | mask comes from | starts from | knows the box by |
 |---|---|---|---|
-| `imedsam` | the implicit decoder | SAM | SAM's prompt encoder, the prompt's frame |
+| `imedsam` | the implicit decoder | SAM | SAM's prompt encoder, the prompt's frame, the ellipse in it |
 | `imedsam_box_mask` | the same | SAM | the same, and the box rasterised as SAM's mask prompt |
 | `sam_decoder` | SAM's own mask decoder, fine-tuned as in MedSAM | SAM | SAM's prompt encoder |
 | `sam_decoder_box_mask` | the same | SAM | the same, and the box rasterised as SAM's mask prompt |
-| `convolutional` | convolutions, with as many parameters as the implicit decoder | SAM | as `imedsam` |
+| `convolutional` | convolutions of as many parameters | SAM | SAM's prompt encoder, the prompt's frame |
 | `unet` | MONAI's U-Net | nothing | a fourth channel |
 | `unet_without_prompt` | MONAI's U-Net | nothing | - |
 

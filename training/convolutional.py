@@ -64,7 +64,7 @@ class ConvolutionalDecoder(nn.Module):
 
     It is given what the implicit decoder is given: the features and, as in Eq. 5, the prompt's embedding and the
     position in the prompt's frame, at the features' pixel centres. The octaves of the position in the image are left
-    out: they serve to tell points within one feature's cell apart.
+    out: they serve to tell points within one feature's cell apart. Nor does it start from the ellipse in that frame.
 
     Args:
         config: of the model.

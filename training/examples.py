@@ -115,8 +115,8 @@ def load_examples(
 
     Raises:
         FileNotFoundError: no such folder, or an image without a mask.
-        ValueError: an unknown or empty split, an image or a group in two splits, a missing column, labels that name no
-            classes.
+        ValueError: an unknown or empty split, an image or a group in two splits, an image without a group, a missing
+            column, labels that name no classes.
     """
     if split not in SPLITS:
         raise ValueError(f"Expected split to be one of {', '.join(SPLITS)}, got {split!r}.")
@@ -132,7 +132,10 @@ def load_examples(
     else:
         examples = _load_datasets(dataset, split, seed, labels)
     if not len(examples):
-        raise ValueError(f"Expected images in the {split} split of {dataset}, got none: check its splits.")
+        raise ValueError(
+            f"Expected images in the {split} split of {dataset}, got none: check its splits, or write splits.json if "
+            "there are too few images or groups to be split at random."
+        )
     return examples if num_images is None else examples.select(range(min(num_images, len(examples))))
 
 
@@ -220,8 +223,11 @@ def _read_groups(path, images):
         raise ValueError(f"Expected an object in {path}, got {type(content).__name__}: {_GROUPS_HELP}.")
     groups = {_without_suffix(name): group for name, group in content.items()}
     for name in images:
-        if not isinstance(groups.get(name), str | int):
-            raise ValueError(f"Expected a group for every image in {path}, got none for {name!r}: {_GROUPS_HELP}.")
+        if not isinstance(groups.get(name), str):
+            got = repr(groups[name]) if name in groups else "none"
+            raise ValueError(
+                f"Expected the name of a group for every image in {path}, got {got} for {name!r}: {_GROUPS_HELP}."
+            )
     return groups
 
 
@@ -337,15 +343,15 @@ def _pick_split(splits, split, where):
 
 
 def _split_in_three(items, seed, groups=None):
-    """Whole groups, each item by itself by default, in random order; a split ends before its share is exceeded."""
+    """Whole groups in random order, each item by itself by default, each to the split that has least of its share."""
     members: dict[Hashable, list[int]] = {}
     for number, group in enumerate(range(len(items)) if groups is None else groups):
         members.setdefault(group, []).append(number)
-    order = [list(members.values())[i] for i in np.random.default_rng(seed).permutation(len(members))]
-    limits = [round(share * len(items)) for share in np.cumsum(SPLIT_SHARES)[:2]]
+    whole = list(members.values())
     parts: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for group, end in zip(order, np.cumsum([len(group) for group in order]), strict=True):
-        parts[SPLITS[np.searchsorted(limits, end)]] += group
+    for chosen in np.random.default_rng(seed).permutation(len(whole)):
+        filled = [len(part) / share for part, share in zip(parts.values(), SPLIT_SHARES, strict=True)]
+        parts[SPLITS[int(np.argmin(filled))]] += whole[chosen]
     return {name: [items[i] for i in sorted(part)] for name, part in parts.items()}
 
 
