@@ -65,7 +65,7 @@ class Examples:
         return {"image": image, "mask": _read_mask(mask, name, self.labels), "name": name}
 
     def select(self, indices: Sequence[int]) -> "Examples":
-        names, groups = ([values[i] for i in indices] for values in (self.names, self.groups))
+        names, groups = [self.names[i] for i in indices], [self.groups[i] for i in indices]
         return Examples(_Subset(self.source, indices), names, self.labels, groups)
 
 
