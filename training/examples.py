@@ -197,12 +197,7 @@ def images_by_name(folder: Path) -> dict[str, Path]:
 
 
 def _read_splits(path):
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"Expected JSON in {path}, got {error}: {_SPLITS_HELP}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"Expected an object in {path}, got {type(content).__name__}: {_SPLITS_HELP}.")
+    content = _read_object(path, _SPLITS_HELP)
     splits = {name: content[name] for name in (*SPLITS, *VALIDATION_NAMES) if name in content}
     for name, names in splits.items():
         if not isinstance(names, list) or not all(isinstance(image, str) for image in names):
@@ -210,17 +205,23 @@ def _read_splits(path):
     return {name: list(map(_without_suffix, names)) for name, names in splits.items()}
 
 
+def _read_object(path, way_out):
+    """A JSON object as a dictionary."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"Expected JSON in {path}, got {error}: {way_out}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected an object in {path}, got {type(content).__name__}: {way_out}.")
+    return content
+
+
 def _without_suffix(name):
     return name.removesuffix(suffix) if (suffix := Path(name).suffix).lower() in IMAGE_SUFFIXES else name
 
 
 def _read_groups(path, images):
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"Expected JSON in {path}, got {error}: {_GROUPS_HELP}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"Expected an object in {path}, got {type(content).__name__}: {_GROUPS_HELP}.")
+    content = _read_object(path, _GROUPS_HELP)
     groups = {_without_suffix(name): group for name, group in content.items()}
     for name in images:
         if not isinstance(groups.get(name), str):
@@ -249,12 +250,7 @@ def read_labels(path: Path) -> dict[int, str]:
     Raises:
         ValueError: the file holds something else, two classes of one name or no class.
     """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"Expected JSON in {path}, got {error}: {_LABELS_HELP}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"Expected an object in {path}, got {type(content).__name__}: {_LABELS_HELP}.")
+    content = _read_object(path, _LABELS_HELP)
     for value, name in content.items():
         if not value.isdecimal() or not isinstance(name, str):
             raise ValueError(
