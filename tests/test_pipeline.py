@@ -91,7 +91,7 @@ def test_prompts_are_answered_on_one_encoding(pipeline, image, monkeypatch):
 
 def test_a_region_is_a_window_on_the_same_masks(pipeline, image):
     """At one pixel per pixel its values are those of the whole image; its outlines are in the image's pixels too."""
-    prompts = {"input_boxes": [BOX], "mode": "exact", "contours": True}
+    prompts = {"input_boxes": [[24.0, 12.0, 56.0, 28.0]], "mode": "exact", "contours": True}
     pipeline.set_image(image)
     whole, window = pipeline.predict(**prompts), pipeline.predict(**prompts, region=(20, 10, 60, 30))
     assert window.masks.shape == (1, 1, 20, 40)
@@ -104,7 +104,7 @@ def test_a_region_is_a_window_on_the_same_masks(pipeline, image):
     ]
     for one, other in (points, points[::-1]):
         inner = one[((one > [22, 12]) & (one < [58, 28])).all(axis=1)]
-        assert len(inner) > 15 and cKDTree(other).query(inner)[0].max() < 0.02
+        assert len(inner) > 20 and cKDTree(other).query(inner)[0].max() < 0.02
 
     zoomed = pipeline.predict(**prompts, region=(20, 10, 60, 30), output_size=(60, 120))
     np.testing.assert_allclose(zoomed.logits[..., 1::3, 1::3], window.logits, atol=1e-4)  # the same centres
