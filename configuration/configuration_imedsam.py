@@ -62,8 +62,6 @@ class IMedSamConfig(PreTrainedConfig):
             Add the fields' outputs to a learnt multiple of the ellipse inscribed in the prompt's frame, so that a mask
             starts as that ellipse. `False` for the paper's fields, which have to learn what a box is. A single point
             has a circle, a sixteenth of the square in radius: for prompts other than boxes, train with them.
-        feature_context (`bool`):
-            Give the image features a residual block of 3 x 3 convolutions before the fields see them.
         coarse_widths (`list[int]`):
             Widths of the coarse field's hidden layers.
         coarse_features (`int`):
@@ -114,7 +112,6 @@ class IMedSamConfig(PreTrainedConfig):
     prompt_frame: bool = True
     prompt_frame_octaves: int = 4
     ellipse_prior: bool = True
-    feature_context: bool = False
     coarse_widths: list[int] | tuple[int, ...] = (1024, 512)
     coarse_features: int = 256
     fine_widths: list[int] | tuple[int, ...] = (256, 256)

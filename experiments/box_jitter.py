@@ -18,6 +18,7 @@ METHODS = {
     "SAM's decoder": Run("sam_decoder"),
     "SAM's decoder, box as mask prompt too": Run("sam_decoder_box_mask"),
     "convolutional head": Run("convolutional"),
+    "convolutional head, ellipse prior": Run("convolutional", flags=WITH_PRIOR),
     "U-Net with the box": BEST_UNET,
 }
 JITTERS = (0.0, 0.05, 0.1, 0.2)

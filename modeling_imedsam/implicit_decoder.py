@@ -30,7 +30,6 @@ class ImplicitDecoder(nn.Module):
         )
         channels = config.sam_config.mask_decoder_config.hidden_size
         inputs = channels // 8 + self.coordinates.width + channels
-        self.context = FeatureContext(channels // 8) if config.feature_context else None
         self.ellipse = EllipsePrior(config.num_labels) if config.ellipse_prior else None
         self.coarse = CoarseField(inputs, config)
         self.fine = FineField(inputs + config.coarse_features, config) if config.selection is not None else None
@@ -71,29 +70,6 @@ def normalise(features: Tensor) -> Tensor:
 def at_least_float32(values: Tensor) -> Tensor:
     """Half precision is too coarse for positions and uncertainties; what is more precise than float32 stays so."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-class FeatureContext(nn.Module):
-    """
-    A residual block of two 3 x 3 convolutions over (R, C, H, W), which starts as the identity. SAM's upscaling unfolds
-    each token of the image encoder into 4 x 4 places by itself: none of them has seen the token next to it.
-    """
-
-    def __init__(self, channels: int, width: int = 64):
-        super().__init__()
-        self.inner = HiddenConvolution(channels, width, 3, padding=1)
-        self.outer = ZeroConvolution(width, channels, 3, padding=1)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features + self.outer(F.relu(self.inner(features)))
-
-
-class HiddenConvolution(nn.Conv2d):
-    """A convolution before a ReLU, initialised for one (He et al., 2015)."""
-
-
-class ZeroConvolution(nn.Conv2d):
-    """A convolution at the end of a residual block, 0 at first."""
 
 
 class EllipsePrior(nn.Module):

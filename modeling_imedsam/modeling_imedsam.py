@@ -218,8 +218,6 @@ class IMedSamModel(IMedSamPreTrainedModel):
     ) -> MaskField:
         """The field that the decoder makes of fused prompts, as in [`~imedsam.mask_field.ImplicitMaskField`]."""
         assert self.implicit_decoder is not None  # as `get_mask_field` has seen
-        if (context := self.implicit_decoder.context) is not None:
-            features = context(features)
         return ImplicitMaskField(self.implicit_decoder, self.config, features, prompt, frame, classes, lattice_region)
 
     @torch.no_grad()

@@ -30,13 +30,7 @@ from transformers.utils import (
 from imedsam.configuration.configuration_imedsam import CONFIGURATION_KEYS, IMedSamConfig
 from imedsam.frequency import FrequencyBranch
 from imedsam.image_encoder import resize_positions
-from imedsam.implicit_decoder import (
-    ClassLinear,
-    EllipsePrior,
-    HiddenConvolution,
-    HiddenLinear,
-    ZeroConvolution,
-)
+from imedsam.implicit_decoder import ClassLinear, EllipsePrior, HiddenLinear
 from imedsam.lora import get_peft_config, split_qkv
 
 if TYPE_CHECKING:
@@ -57,7 +51,6 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         ("prompt encoder", r"prompt_encoder"),
         ("upscaling", r"mask_decoder\.upscale"),
         ("mask head", r"mask_decoder\.output_hypernetworks_mlps\.0\."),
-        ("feature context", r"implicit_decoder\.context"),
         ("ellipse prior", r"implicit_decoder\.ellipse"),
         ("coarse field", r"implicit_decoder\.coarse"),
         ("fine field", r"implicit_decoder\.fine"),
@@ -332,10 +325,8 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ClassLinear | EllipsePrior):
             module.reset_parameters()
-        elif isinstance(module, HiddenLinear | HiddenConvolution):
+        elif isinstance(module, HiddenLinear):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, ZeroConvolution):
-            init.zeros_(module.weight)
         elif isinstance(module, FrequencyBranch):
             init.zeros_(module.gates)
 
@@ -382,7 +373,6 @@ _SHARED_BY_ADAPTERS = (
     "prompt_frame",
     "prompt_frame_octaves",
     "ellipse_prior",
-    "feature_context",
     "dropout",
     "uncertainty",
     "selection",

@@ -131,7 +131,7 @@ def test_one_step_trains_what_the_method_names(make, inputs, method):
     assert set(parts) == {
         "sam_decoder": {*sam, "mask decoder", "mask head"},
         "sam_decoder_box_mask": {*sam, "mask decoder", "mask head"},
-        "convolutional": {*sam, "convolutional head"},
+        "convolutional": {*sam, "ellipse prior", "convolutional head"},
         "unet": {"U-Net"},
         "unet_without_prompt": {"U-Net"},
     }.get(method)
@@ -254,7 +254,9 @@ def test_the_u_net_sees_the_box_in_its_channel_or_not_at_all(make, inputs):
 def test_the_convolutions_are_given_the_prompts_frame_and_embedding(make):
     features, prompt = torch.zeros(2, 4, 16, 16), torch.zeros(2, 32)
     frames = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.2, 0.3, 0.2, 0.5]])
-    with_frame, without = (make("convolutional", prompt_frame=value).implicit_decoder for value in (True, False))
+    with_frame, without = (
+        make("convolutional", prompt_frame=value, ellipse_prior=False).implicit_decoder for value in (True, False)
+    )
     one, other = with_frame(features, prompt, frames)
     assert not torch.allclose(one, other, atol=0.01)
     one, other = without(features, prompt, frames)
@@ -265,6 +267,25 @@ def test_the_convolutions_are_given_the_prompts_frame_and_embedding(make):
 
 
 # Sizes
+
+
+@torch.no_grad()
+def test_the_convolutions_start_from_the_ellipse(make, inputs):
+    """1 in the middle of a box, 0 on the ellipse in it, falling linearly with the distance; times each class's slope."""
+    model = make("convolutional", num_labels=2).eval()
+    slope = model.implicit_decoder.ellipse.slope
+    slope.zero_()
+    without = model(**inputs).pred_masks
+    slope.copy_(torch.tensor([3.0, -2.0]))
+    left, top, right, bottom = inputs["input_boxes"][..., None, None].unbind(2)
+    x, y = torch.arange(64) + 0.5, torch.arange(64)[:, None] + 0.5
+    q = (2 * x - left - right) / (right - left), (2 * y - top - bottom) / (bottom - top)
+    inside = 1 - torch.hypot(q[0].clamp(-3, 3), q[1].clamp(-3, 3))
+    assert_close(
+        model(**inputs).pred_masks, without + torch.stack([3 * inside, -2 * inside], dim=2), atol=1e-4, rtol=1e-4
+    )
+    assert ConvolutionalModel(ConvolutionalConfig(**SMALL)).implicit_decoder.ellipse.slope.tolist() == [4.0]
+    assert make("convolutional", ellipse_prior=False).implicit_decoder.ellipse is None
 
 
 @pytest.mark.parametrize("values", [{}, {"num_labels": 13}, {"prompt_frame": False}], ids=str)
@@ -278,7 +299,7 @@ def test_the_convolutions_have_as_many_parameters_as_the_fields(values):
         {name: sum(p.numel() for p in part) for name, part in one.parameter_parts().items()}
         for one in (convolutional, model)
     )
-    decoder = [expected.pop(name) for name in ("ellipse prior", "coarse field", "fine field")]
+    decoder = [expected.pop(name) for name in ("coarse field", "fine field")]
     ratio = counts.pop("convolutional head") / sum(decoder)
     assert 0.97 < ratio < 1.03
     assert counts == expected

@@ -17,7 +17,6 @@ from imedsam.implicit_decoder import (
     ClassLinear,
     CoordinateEncoding,
     EllipsePrior,
-    FeatureContext,
     HiddenLinear,
     ImplicitDecoder,
     fourier_features,
@@ -142,19 +141,6 @@ def test_the_ellipse_by_hand():
     points = torch.tensor([[[0.5, -0.25], [0.75, -0.25], [0.5, 0.25], [0.75, 0.25], [-1.0, -0.25], [0.5, -0.5]]])
     expected = torch.tensor([1.0, 0.0, 0.0, 1 - 2**0.5, -2.0, 0.5])  # at -1 the distance is clamped to 3
     assert_close(prior(points, frame, torch.tensor([[0, 1]])), torch.stack([4 * expected, 2 * expected])[None])
-
-
-@torch.no_grad()
-def test_context_starts_as_the_identity_and_reaches_two_places_far(randomised):
-    context, features = FeatureContext(CHANNELS), torch.randn(2, CHANNELS, 9, 9)
-    torch.nn.init.zeros_(context.outer.weight)
-    assert_close(context(features), features + context.outer.bias[:, None, None])
-    changed = features.clone()
-    changed[:, :, 4, 4] += 1
-    difference = (randomised(context)(changed) - context(features)).abs().amax(dim=(0, 1))
-    assert (difference[2:7, 2:7] > 1e-4).all()
-    difference[2:7, 2:7] = 0
-    assert difference.max() < 1e-5
 
 
 def prompts(**given):
@@ -290,7 +276,7 @@ def test_initialisation(tiny_config):
     from imedsam.modeling_imedsam import IMedSamModel
 
     torch.manual_seed(0)
-    config = tiny_config(coarse_widths=[512, 256], fine_widths=[256], ellipse_prior=True, feature_context=True)
+    config = tiny_config(coarse_widths=[512, 256], fine_widths=[256], ellipse_prior=True)
     decoder = IMedSamModel(config).implicit_decoder
     hidden = [module for module in decoder.modules() if isinstance(module, HiddenLinear)]
     assert len(hidden) == 3
@@ -299,9 +285,7 @@ def test_initialisation(tiny_config):
         assert layer.bias.abs().max() == 0
     head = decoder.coarse.head.weight
     assert head.abs().max().item() == pytest.approx(256**-0.5, rel=0.05) and decoder.coarse.head.bias.abs().max() == 0
-    inner = decoder.context.inner.weight
-    assert inner.std().item() == pytest.approx(math.sqrt(2 / (9 * inner.shape[1])), rel=0.1)
-    assert decoder.context.outer.weight.abs().max() == 0 and decoder.ellipse.slope.tolist() == [4.0]
+    assert decoder.ellipse.slope.tolist() == [4.0]
 
 
 @torch.no_grad()

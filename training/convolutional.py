@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.models.sam.modeling_sam import SamLayerNorm
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
-from imedsam.implicit_decoder import CoordinateEncoding, HiddenConvolution
+from imedsam.implicit_decoder import CoordinateEncoding, EllipsePrior
 from imedsam.mask_field import InterpolatedMaskField, MaskField
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.tiles import pixel_centres
@@ -23,7 +24,8 @@ LEAST_CHANNELS = 8
 class ConvolutionalConfig(IMedSamConfig):
     """
     Configuration of [`ConvolutionalModel`]. What describes the implicit decoder (widths, octaves, selection, ...)
-    decides how many parameters the convolutions have; `prompt_frame` also whether they are given coordinates in it.
+    decides how many parameters the convolutions have; `prompt_frame` also whether they are given coordinates in it, and
+    `ellipse_prior` whether they start from the ellipse in it.
     """
 
     model_type = "imedsam_convolutional"
@@ -34,7 +36,7 @@ class ConvolutionalModel(IMedSamModel):
 
     config: ConvolutionalConfig  # type: ignore[assignment]  # SAM's base class has its own
     config_class = ConvolutionalConfig
-    part_patterns = [("convolutional head", r"implicit_decoder"), *IMedSamModel.part_patterns]
+    part_patterns = [("convolutional head", r"implicit_decoder\.(?!ellipse)"), *IMedSamModel.part_patterns]
 
     def __init__(self, config: ConvolutionalConfig):
         super().__init__(config)
@@ -53,6 +55,12 @@ class ConvolutionalModel(IMedSamModel):
         chosen = logits.take_along_dim(classes[..., None, None], dim=1)
         return InterpolatedMaskField(chosen.unflatten(0, (len(lattice_region), -1)))
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, HiddenConvolution):
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
+
 
 class ConvolutionalDecoder(nn.Module):
     """
@@ -64,7 +72,8 @@ class ConvolutionalDecoder(nn.Module):
 
     It is given what the implicit decoder is given: the features and, as in Eq. 5, the prompt's embedding and the
     position in the prompt's frame, at the features' pixel centres. The octaves of the position in the image are left
-    out: they serve to tell points within one feature's cell apart. Nor does it start from the ellipse in that frame.
+    out: they serve to tell points within one feature's cell apart. The logits are added to the ellipse, if the
+    configuration says so, as the fields' outputs are.
 
     Args:
         config: of the model.
@@ -74,14 +83,16 @@ class ConvolutionalDecoder(nn.Module):
     def __init__(self, config: IMedSamConfig, num_parameters: int):
         super().__init__()
         self.coordinates = CoordinateEncoding(0, config.prompt_frame_octaves if config.prompt_frame else None)
-        channels = config.sam_config.mask_decoder_config.hidden_size
-        inputs, classes = 4 * (channels // 8 + self.coordinates.width), len(config.id2label or {})
+        channels, classes = config.sam_config.mask_decoder_config.hidden_size, config.num_labels
+        inputs = 4 * (channels // 8 + self.coordinates.width)
+        self.ellipse = EllipsePrior(classes) if config.ellipse_prior else None
         doublings = max(0, round(math.log2(config.patch_size / 4)))  # from the features to the image
 
         def excess(width: int) -> int:
             layers = _layer_widths(inputs, width, doublings)
             hidden = sum(9 * i * o + 3 * o for i, o in layers)
-            return hidden + channels * width + (layers[-1][1] + 1) * classes - num_parameters
+            head = (layers[-1][1] + 1 + config.ellipse_prior) * classes
+            return hidden + channels * width + head - num_parameters
 
         least = 4 * LEAST_CHANNELS
         above = next(width for width in count(least, 4) if excess(width) >= 0)
@@ -113,7 +124,16 @@ class ConvolutionalDecoder(nn.Module):
         hidden = F.relu(self.norms[0](self.layers[0](folded) + self.prompt(prompt)[..., None, None]))
         for layer, norm, enlarge in zip(self.layers[1:], self.norms[1:], self.enlarge[1:], strict=True):
             hidden = enlarge(F.relu(norm(layer(hidden))))
-        return self.head(hidden)
+        logits = self.head(hidden)
+        if self.ellipse is None:
+            return logits
+        classes = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+        prior = self.ellipse(pixel_centres(logits.shape[-2:], square), frame, classes)
+        return logits + prior.unflatten(-1, logits.shape[-2:])
+
+
+class HiddenConvolution(nn.Conv2d):
+    """A convolution before a ReLU, initialised for one (He et al., 2015)."""
 
 
 def _layer_widths(inputs: int, width: int, doublings: int) -> list[tuple[int, int]]:

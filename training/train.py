@@ -39,7 +39,6 @@ from imedsam.training.report import write_report
 
 # Which flag holds the learning rate of which part of the model.
 LEARNING_RATES = {
-    "feature context": "learning_rate",
     "ellipse prior": "learning_rate",
     "coarse field": "learning_rate",
     "fine field": "learning_rate",
