@@ -2,16 +2,17 @@
 Does a continuous field give finer masks than logits that are upsampled? Trained and fed at 128, 192 and 384 pixels,
 masks are rendered at the images' own size, beside (a) the same model's logits on its own square, interpolated
 bilinearly, and (b) SAM's decoder, with the box as a mask prompt too, whose grid is coarser still. As that decoder is
-told the box twice, so is the field in a row of its own. Phantoms have exact truth at 896 pixels.
+told the box twice, so is the field in a row of its own; and the field with the ellipse prior is there as (a) too.
+Phantoms have exact truth at 896 pixels.
 
     python experiments/resolution.py [--test]
 
-Cost: 10 runs of its own, at most 25 minutes each. Expected: if the claim holds, NSD at a pixel above (a) and (b), most
+Cost: 13 runs of its own, at most 25 minutes each. Expected: if the claim holds, NSD at a pixel above (a) and (b), most
 at 128; it may fail. The paper's Dice at 128 and 896 pixels, 91.5 and 91.3, is near that at 384.
 """
 
 from runner import main
-from runs import Row, Run, Table, changes
+from runs import WITH_PRIOR, Row, Run, Table, changes
 
 SIZES = (128, 192, 384)
 COLUMNS = ("nsd", "hd95", "asd", "dice")
@@ -25,7 +26,8 @@ def rows(data: str, sizes: tuple[int, ...]) -> tuple[Row, ...]:
         ours, told_twice, sam = (
             Run(method, data=data, flags=flags) for method in ("imedsam", "imedsam_box_mask", "sam_decoder_box_mask")
         )
-        field = f"{size}: field"
+        prior = Run(data=data, flags=f"{flags} {WITH_PRIOR}")
+        field, with_prior = f"{size}: field", f"{size}: field, ellipse prior"
         made += [
             Row(field, (ours,), x=size, series="field"),
             Row(
@@ -38,6 +40,15 @@ def rows(data: str, sizes: tuple[int, ...]) -> tuple[Row, ...]:
                 against=field,
                 x=size,
                 series="field, box mask",
+            ),
+            Row(with_prior, (prior,), against=field, x=size, series="field, prior"),
+            Row(
+                f"{size}: its logits upsampled, ellipse prior",
+                (prior,),
+                changes(upsampled=True),
+                against=with_prior,
+                x=size,
+                series="(a), prior",
             ),
         ]
     return tuple(made)
