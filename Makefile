@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TYPECHECK := build/typecheck
-BENCHMARKS := $(addprefix benchmarks/,rendering.py refinement.py scaling.py encoder.py training_step.py)
+BENCHMARKS := $(addprefix benchmarks/,rendering.py refinement.py scaling.py encoder.py training_step.py methods.py)
 
 # Real data sets and checkpoints; tests that need them skip without.
 ifndef IMEDSAM_DATA

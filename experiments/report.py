@@ -19,12 +19,14 @@ import numpy as np
 from duplicates import read_pairs
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from runner import FILES, HERE, load_tables
 from runs import Row, Scoring, Table
 from splits import clusters
 
 from imedsam.training.intervals import Interval, mean_interval, paired_bootstrap
 
+BENCHMARK = HERE.parent / "benchmarks" / "methods.json"
 BEGIN, END = "<!-- experiments: begin -->", "<!-- experiments: end -->"
 METRICS = {
     "dice": ("Dice", 100),
@@ -49,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     images = args.document.parent / "images" / "experiments"
     sections = [section for table in load_tables(FILES) for section in write_table(table, args.results, images)]
-    parts = [hygiene(args.results), *sections, fine_field(args.results)]
+    parts = [hygiene(args.results), *sections, fine_field(args.results), times(BENCHMARK)]
     write_between_markers(args.document, "\n\n".join(part for part in parts if part))
 
 
@@ -134,18 +136,29 @@ def read_row(row: Row, scoring: Scoring, results: Path) -> Scored | None:
 
 
 def markdown(table: Table, scored: Sequence[Scored], data: str) -> str:
+    """A row each, without columns that would be empty."""
     titles = [METRICS[metric][0] for metric in table.columns]
     differences = [f"{METRICS[metric][0]}, difference" for metric in table.compared]
     heads = ["", "runs", *titles, *differences, "trained", "s / image", "training (GB)"]
-    lines = [" | ".join(["", *heads, ""]).strip(), "|---|" + "---:|" * (len(heads) - 1)]
+    rows = []
     by_label = {one.row.label: one for one in scored}
     for one in scored:
         cells = [one.row.label, str(len(one.facts) or ""), *(average(one, metric) for metric in table.columns)]
         reference = by_label.get(one.row.against or table.reference)
         for metric in table.compared:
-            cells.append("" if reference in (None, one) else difference(one, reference, metric, data))
-        lines.append("| " + " | ".join([*cells, *cost(one)]) + " |")
-    return "\n".join(lines)
+            if reference is None or reference is one:
+                cells.append("")
+            else:
+                interval = difference(one, reference, metric, data)
+                cells.append(f"{interval.mean:+.1f} [{interval.low:.1f}, {interval.high:.1f}]")
+        rows.append([*cells, *cost(one)])
+    columns = [column for column in zip(heads, *rows, strict=True) if column[0] == "" or any(column[1:])]
+    return grid(*zip(*columns, strict=True))
+
+
+def grid(heads: Sequence[str], *rows: Sequence[str]) -> str:
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def average(one: Scored, metric: str) -> str:
@@ -159,13 +172,11 @@ def average(one: Scored, metric: str) -> str:
     return f"{mean:.1f} ± {scale * np.std([means[metric] for means in one.per_run], ddof=1):.1f}"
 
 
-def difference(one: Scored, reference: Scored, metric: str, data: str) -> str:
-    names = [name for name in one.objects if name in reference.objects]
-    interval = paired_bootstrap(
-        one.values(metric, names), reference.values(metric, names), clusters(data, plain(names), read_pairs())
-    )
-    scale = METRICS[metric][1]
-    return f"{scale * interval.mean:+.1f} [{scale * interval.low:.1f}, {scale * interval.high:.1f}]"
+def difference(one: Scored, reference: Scored, metric: str, data: str) -> Interval:
+    """Of the objects that both have, one to one, in the table's unit."""
+    names, scale = [name for name in one.objects if name in reference.objects], METRICS[metric][1]
+    ours, theirs = ([scale * value for value in row.values(metric, names)] for row in (one, reference))
+    return paired_bootstrap(ours, theirs, clusters(data, plain(names), read_pairs()))
 
 
 def plain(names: Sequence[str]) -> list[str]:
@@ -219,28 +230,51 @@ def _rendering(scored):
 
 
 def draw(table: Table, scored: Sequence[Scored], data: str, path: Path) -> None:
-    """The first metric with its interval: a line per row, or along an axis a curve per series."""
+    """
+    Along an axis the first metric, a curve per series; otherwise the differences to the reference, a line per row. All
+    with their intervals.
+    """
+    figure = draw_curves(table, scored, data) if table.x else draw_differences(table, scored, data)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=100)
+
+
+def draw_curves(table: Table, scored: Sequence[Scored], data: str) -> Figure:
     metric = table.columns[0]
     name, scale = METRICS[metric]
-    means = [scaled_interval(one, metric, data, scale) for one in scored]
-    figure = Figure(figsize=(7, 0.6 + 0.34 * len(scored)) if not table.x else (9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
-    if table.x:
-        for series in dict.fromkeys(one.row.series for one in scored if one.row.x is not None):
-            chosen = [(o.row.x or 0, m) for o, m in zip(scored, means, strict=True) if o.row.series == series]
-            x, y = zip(*chosen, strict=True)
-            axis.errorbar(x, [m.mean for m in y], _errors(y), marker="o", capsize=3, label=series or None)
-        axis.set(xlabel=table.x, ylabel=name)
-        if axis.get_legend_handles_labels()[1]:
-            figure.legend(loc="outside right upper", fontsize=8)
-    else:
-        places = range(len(scored))
-        axis.errorbar([m.mean for m in means], places, xerr=_errors(means), fmt="o", capsize=3)
-        axis.set(xlabel=name, yticks=places, yticklabels=[one.row.label for one in scored])
-        axis.invert_yaxis()
+    for series in dict.fromkeys(one.row.series for one in scored if one.row.x is not None):
+        chosen = [one for one in scored if one.row.series == series]
+        means = [scaled_interval(one, metric, data, scale) for one in chosen]
+        x, y = [one.row.x for one in chosen], [mean.mean for mean in means]
+        axis.errorbar(x, y, _errors(means), marker="o", capsize=3, label=series or None)
+    axis.set(xlabel=table.x, ylabel=name)
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    if axis.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def draw_differences(table: Table, scored: Sequence[Scored], data: str) -> Figure:
+    reference = next(one for one in scored if one.row.label == table.reference)
+    others, panels = [one for one in scored if one is not reference], len(table.compared)
+    figure = Figure(figsize=(4 + 2.6 * panels, 1.1 + 0.3 * len(others)), layout="constrained")
+    for axis, metric in zip(figure.subplots(1, panels, sharey=True, squeeze=False)[0], table.compared, strict=True):
+        differences = [difference(one, reference, metric, data) for one in others]
+        places = range(len(others))
+        axis.errorbar([one.mean for one in differences], places, xerr=_errors(differences), fmt="o", capsize=3)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.update_datalim([(-1, 0), (1, 0)])  # tiny differences are to look tiny
+        axis.autoscale_view()
+        axis.set_xscale("symlog", linthresh=5)  # a network that has learnt nothing is to leave room for the others
+        axis.xaxis.set_major_locator(FixedLocator((-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set(xlabel=METRICS[metric][0], yticks=places, yticklabels=[one.row.label for one in others])
+        axis.grid(alpha=0.3)
+    axis.invert_yaxis()
+    figure.suptitle(f"Difference to: {reference.row.label}", fontsize=10)
+    return figure
 
 
 def scaled_interval(one: Scored, metric: str, data: str, scale: float) -> Interval:
@@ -264,8 +298,7 @@ def hygiene(results: Path) -> str:
     for pair in read_pairs():
         name = " and ".join(dict.fromkeys(pair.datasets))
         pairs[name] = pairs.get(name, 0) + 1
-    lines = ["### Near-duplicates", "", "| between | pairs |", "|---|---:|"]
-    lines += [f"| {name} | {count} |" for name, count in sorted(pairs.items())]
+    parts = ["### Near-duplicates", grid(("between", "pairs"), *((name, str(pairs[name])) for name in sorted(pairs)))]
     dropped: dict[str, dict[str, int]] = {}
     for path in sorted(results.glob("*/run.json")):
         fact = json.loads(path.read_text())
@@ -273,16 +306,15 @@ def hygiene(results: Path) -> str:
         dropped[data] = {split: len(names) for split, names in fact["dropped"].items()}
     dropped = {data: splits for data, splits in dropped.items() if splits}  # phantoms have none
     if dropped:
-        lines += ["", "| left out | validation | test |", "|---|---:|---:|"]
-        lines += [f"| {name} | {n.get('validation', 0)} | {n.get('test', 0)} |" for name, n in dropped.items()]
-    return "\n".join(lines)
+        rows = ((name, *(str(n.get(split, 0)) for split in ("validation", "test"))) for name, n in dropped.items())
+        parts.append(grid(("left out", "validation", "test"), *rows))
+    return "\n\n".join(parts)
 
 
 def fine_field(results: Path) -> str:
     """What fine_field.py has counted, as shares."""
     heads = ["run", "selected", "coarse errors", "of them selected", "of these mended", "errors made, against mended"]
-    lines = ["### What the fine field does", "", f"| {' | '.join(heads)} |"]
-    lines.append("|---|" + "---:|" * (len(heads) - 1))
+    rows = []
     paths = sorted(results.glob("*/fine_field.json"))
     for path in paths:
         count = json.loads(path.read_text())
@@ -293,8 +325,32 @@ def fine_field(results: Path) -> str:
             "mended": "coarse_errors_selected",
         }
         cells = [path.parent.name, *(f"{100 * _share(count[part], count[whole]):.1f} %" for part, whole in of.items())]
-        lines.append(f"| {' | '.join(cells)} | {_share(count['made'], count['mended']):.2f} |")
-    return "\n".join(lines) if paths else ""
+        rows.append([*cells, f"{_share(count['made'], count['mended']):.2f}"])
+    return f"### What the fine field does\n\n{grid(heads, *rows)}" if paths else ""
+
+
+def times(path: Path) -> str:
+    """What benchmarks/methods.py has measured."""
+    if not path.exists():
+        return ""
+    report = json.loads(path.read_text())
+    rows = [
+        (
+            name,
+            f"{row['seconds_per_image']:.2f}",
+            f"{row['over_sam_decoder']:.2f}",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+        )
+        for name, row in report["methods"].items()
+    ]
+    machine = report["machine"]
+    about = (
+        f"From an image and a box to the mask of the image's own size, of 384 pixels a side within "
+        f"([methods.py](../benchmarks/methods.py); {machine['threads']} threads, {machine['processor']}; "
+        f"{report['date'][:10]}; {report['images']}):"
+    )
+    table = grid(("method", "s / image", "SAM's decoder being 1", "peak memory (MB)"), *rows)
+    return f"### Time and memory of a mask\n\n{about}\n\n{table}"
 
 
 def _share(part: int, whole: int) -> float:

@@ -271,7 +271,7 @@ def test_the_convolutions_are_given_the_prompts_frame_and_embedding(make):
 
 @torch.no_grad()
 def test_the_convolutions_start_from_the_ellipse(make, inputs):
-    """1 in the middle of a box, 0 on the ellipse in it, falling linearly with the distance; times each class's slope."""
+    """1 in the middle of a box, 0 on the ellipse in it, linear between; times each class's slope."""
     model = make("convolutional", num_labels=2).eval()
     slope = model.implicit_decoder.ellipse.slope
     slope.zero_()

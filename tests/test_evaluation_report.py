@@ -195,6 +195,7 @@ def test_classes(from_sam, label_folder, tmp_path):
     assert result.exit_code == 0, result.output
     content = strictly(tmp_path / "report/metrics.json")
     method = content["settings"][0]["methods"]["model"]
+    assert content["settings"][0]["num_groups"] == 2
     assert [row["name"] for row in method["objects"]] == ["a/organ", "b/organ", "b/lesion", "c/organ"]
     assert {name: part["num_objects"] for name, part in method["classes"].items()} == {"organ": 3, "lesion": 1}
     dice = [row["dice"] for row in method["objects"] if row["name"].endswith("organ")]

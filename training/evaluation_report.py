@@ -314,6 +314,7 @@ def _summary(setting: Setting, examples: Examples, seed: int) -> dict:
         "title": setting.title,
         "output_size": setting.output_size,
         "box_jitter": setting.box_jitter,
+        "num_groups": len(set(groups)),
         "methods": methods,
         "comparisons": comparisons,
     }
