@@ -62,6 +62,9 @@ class IMedSamConfig(PreTrainedConfig):
             Add the fields' outputs to a learnt multiple of the ellipse inscribed in the prompt's frame, so that a mask
             starts as that ellipse. `False` for the paper's fields, which have to learn what a box is. A single point
             has a circle, a sixteenth of the square in radius: for prompts other than boxes, train with them.
+        pixel_decoder_width (`int` or `None`):
+            Width of three convolutions that the image features pass on their way to the fields, a multiple of 4.
+            `None` for none, as in the paper.
         coarse_widths (`list[int]`):
             Widths of the coarse field's hidden layers.
         coarse_features (`int`):
@@ -112,6 +115,7 @@ class IMedSamConfig(PreTrainedConfig):
     prompt_frame: bool = True
     prompt_frame_octaves: int = 4
     ellipse_prior: bool = True
+    pixel_decoder_width: int | None = None
     coarse_widths: list[int] | tuple[int, ...] = (1024, 512)
     coarse_features: int = 256
     fine_widths: list[int] | tuple[int, ...] = (256, 256)
@@ -286,6 +290,10 @@ class IMedSamConfig(PreTrainedConfig):
             raise ValueError(
                 f"Expected monte_carlo_samples of at least 2, got {self.monte_carlo_samples}: "
                 "one pass has no variance."
+            )
+        if (width := self.pixel_decoder_width) is not None and (width <= 0 or width % 4):
+            raise ValueError(
+                f"Expected pixel_decoder_width as a positive multiple of 4, got {width}: for none use None."
             )
         for name in ("coarse_widths", "fine_widths"):
             if len(getattr(self, name)) == 0 or min(getattr(self, name)) < 1:

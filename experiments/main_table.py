@@ -14,11 +14,12 @@ U-Net's learning rate is the one of its rows that is best on validation. With SA
 from dataclasses import replace
 
 from runner import main
-from runs import FLOORS, WITH_PRIOR, Row, Run, Table, seeds
+from runs import FLOORS, WITH_PIXEL_DECODER, WITH_PRIOR, Row, Run, Table, seeds
 
 UNET_RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
 BEST_UNET = Run("unet", flags="--learning_rate 3e-3")  # of these, on the validation split
 OURS = "I-MedSAM, ellipse prior"
+WITH_CONVOLUTIONS = "I-MedSAM, ellipse prior, pixel decoder"
 COLUMNS = ("dice", "iou", "hd", "hd95", "nsd", "asd", "ece", "brier", "uncertainty_auroc")
 COMPARED = ("dice", "hd", "nsd")
 SESSILE = Table(
@@ -28,6 +29,7 @@ SESSILE = Table(
         *FLOORS,
         Row("I-MedSAM", seeds(Run(), 0, 1, 2)),
         Row(OURS, seeds(Run(flags=WITH_PRIOR), 0, 1, 2)),
+        Row(WITH_CONVOLUTIONS, (Run(flags=WITH_PIXEL_DECODER),)),
         Row("I-MedSAM, box as mask prompt too", (Run("imedsam_box_mask"),)),
         Row("SAM's decoder", (Run("sam_decoder"),)),
         Row("SAM's decoder, box as mask prompt too", (Run("sam_decoder_box_mask"),)),
@@ -57,6 +59,7 @@ BUSI = Table(
         *FLOORS,
         Row("I-MedSAM", (Run(data="busi"),)),
         Row(OURS, (Run(data="busi", flags=WITH_PRIOR),)),
+        Row(WITH_CONVOLUTIONS, (Run(data="busi", flags=WITH_PIXEL_DECODER),)),
         Row("SAM's decoder, box as mask prompt too", (Run("sam_decoder_box_mask", data="busi"),)),
         Row("convolutional head", (Run("convolutional", data="busi"),)),
         Row("convolutional head, ellipse prior", (Run("convolutional", data="busi", flags=WITH_PRIOR),)),
@@ -75,6 +78,7 @@ ACDC = Table(
         *FLOORS,
         Row("I-MedSAM", (Run(data="acdc"),)),
         Row(OURS, (Run(data="acdc", flags=WITH_PRIOR),)),
+        Row(WITH_CONVOLUTIONS, (Run(data="acdc", flags=WITH_PIXEL_DECODER),)),
         Row("SAM's decoder, box as mask prompt too", (Run("sam_decoder_box_mask", data="acdc"),)),
         Row("convolutional head", (Run("convolutional", data="acdc"),)),
         Row("convolutional head, ellipse prior", (Run("convolutional", data="acdc", flags=WITH_PRIOR),)),

@@ -8,9 +8,9 @@ Cost: 20 runs, at most 25 minutes each. Expected: all near their Dice on the val
 is kept is the best on the fold that is scored, as everywhere here: nearly always the last one.
 """
 
-from main_table import COMPARED, OURS
+from main_table import COMPARED, OURS, WITH_CONVOLUTIONS
 from runner import main
-from runs import WITH_PRIOR, Row, Run, Table, folds
+from runs import WITH_PIXEL_DECODER, WITH_PRIOR, Row, Run, Table, folds
 
 TABLES = (
     Table(
@@ -19,6 +19,7 @@ TABLES = (
         (
             Row("I-MedSAM", folds(Run())),
             Row(OURS, folds(Run(flags=WITH_PRIOR))),
+            Row(WITH_CONVOLUTIONS, folds(Run(flags=WITH_PIXEL_DECODER))),
             Row("SAM's decoder, box as mask prompt too", folds(Run("sam_decoder_box_mask"))),
             Row("convolutional head, ellipse prior", folds(Run("convolutional", flags=WITH_PRIOR))),
         ),

@@ -19,6 +19,10 @@ RECIPE = (
 )
 # The paper's fields, which every run has unless its flags say otherwise, and what the model has by default.
 PAPER, WITH_PRIOR = "ellipse_prior=false", "--config ellipse_prior=true"
+# Convolutions before the fields, which are so much smaller that the model has as many parameters as without.
+WITH_PIXEL_DECODER = (
+    f"{WITH_PRIOR} pixel_decoder_width=192 coarse_widths=[256,128] coarse_features=128 fine_widths=[128,128]"
+)
 # What a start point needs beside its folder: the medical one's encoder is frozen but for its adapters.
 STARTS = {
     "medical": ("medical-tiny-sam-384", f"--config lora_rank=16 lora_alpha=16 train_mask_decoder=true {PAPER}"),
@@ -85,7 +89,7 @@ def _name(run: Run) -> str:
     changes = {key: value for key, value in asked_for.items() if value != usual[key]}
     changes |= {key: value for key, value in config.items() if value != usual_config[key]}
     fold = [] if run.fold is None else [f"fold{run.fold}"]
-    written = [f"{key}={value}" for key, value in sorted(changes.items())]
+    written = [f"{key}={'x'.join(map(str, v)) if isinstance(v, list) else v}" for key, v in sorted(changes.items())]
     return "-".join([run.data.replace(":", "_"), *fold, run.start, run.method, *written, f"seed{run.seed}"])
 
 

@@ -5,7 +5,6 @@ Points are (x, y) in [-1, 1]: -1 is the left or upper edge of the model's square
 the centre of pixel j of S lies at (2 j + 1) / S - 1. This is the frame of `grid_sample(..., align_corners=False)`.
 """
 
-import math
 from typing import cast
 
 import torch
@@ -13,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
+from imedsam.coordinates import CoordinateEncoding, for_each_prompt, position_in_frame
+from imedsam.pixel_decoder import PixelDecoder
 
 
 class ImplicitDecoder(nn.Module):
@@ -28,8 +29,9 @@ class ImplicitDecoder(nn.Module):
         self.coordinates = CoordinateEncoding(
             config.coordinate_octaves, config.prompt_frame_octaves if config.prompt_frame else None
         )
-        channels = config.sam_config.mask_decoder_config.hidden_size
-        inputs = channels // 8 + self.coordinates.width + channels
+        channels, width = config.sam_config.mask_decoder_config.hidden_size, config.pixel_decoder_width
+        inputs = (channels // 8 if width is None else width // 4) + self.coordinates.width + channels
+        self.pixel_decoder = None if width is None else PixelDecoder(config, width)
         self.ellipse = EllipsePrior(config.num_labels) if config.ellipse_prior else None
         self.coarse = CoarseField(inputs, config)
         self.fine = FineField(inputs + config.coarse_features, config) if config.selection is not None else None
@@ -90,45 +92,6 @@ class EllipsePrior(nn.Module):
         """(R, N, 2), or (G, N, 2) as in `ImplicitDecoder.encode`, (R, 4) and (R, M) -> (R, M, N)."""
         inside = 1 - position_in_frame(coordinates, frame).norm(dim=-1)
         return self.slope[classes][..., None] * inside[:, None]
-
-
-class CoordinateEncoding(nn.Module):
-    """
-    gamma(p) of Eq. 4 in the image's frame, 4 L numbers; and, unless `frame_octaves` is None, the position in the
-    prompt's frame q = (p - centre) / half size, clamped to [-3, 3], raw and with its own octaves.
-    """
-
-    def __init__(self, octaves: int, frame_octaves: int | None):
-        super().__init__()
-        self.octaves, self.frame_octaves = octaves, frame_octaves
-        self.width = 4 * octaves + (0 if frame_octaves is None else 2 + 4 * frame_octaves)
-
-    def forward(self, coordinates: Tensor, frame: Tensor) -> Tensor:
-        """(R, N, 2), or (G, N, 2) for the same points of R / G prompts, and (R, 4) -> (R, N, width)."""
-        encoded = [for_each_prompt(fourier_features(coordinates, self.octaves), len(frame))]
-        if self.frame_octaves is not None:
-            local = position_in_frame(coordinates, frame)
-            # The octaves run over the clamped range once: k = 0 has period 6.
-            encoded += [local, fourier_features(local / 3.0, self.frame_octaves)]
-        return torch.cat(encoded, dim=-1)
-
-
-def position_in_frame(coordinates: Tensor, frame: Tensor) -> Tensor:
-    """(p - centre) / half size, clamped to [-3, 3]: (R, N, 2), or (G, N, 2), and (R, 4) -> (R, N, 2)."""
-    centre, half_size = frame[:, None].split(2, dim=-1)
-    return ((for_each_prompt(coordinates, len(frame)) - centre) / half_size).clamp(-3.0, 3.0)
-
-
-def for_each_prompt(values: Tensor, prompts: int) -> Tensor:
-    """(G, N, C), each for R / G of the R prompts in turn -> (R, N, C)."""
-    return values[:, None].expand(-1, prompts // len(values), -1, -1).flatten(0, 1)
-
-
-def fourier_features(positions: Tensor, octaves: int) -> Tensor:
-    """sin and cos of 2^k pi p for k = 0 ... octaves - 1 (Eq. 4): (..., 2) -> (..., 4 octaves)."""
-    frequencies = math.pi * 2.0 ** torch.arange(octaves, device=positions.device, dtype=positions.dtype)
-    angles = (positions[..., None] * frequencies).flatten(-2)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class CoarseField(nn.Module):

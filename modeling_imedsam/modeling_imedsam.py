@@ -218,6 +218,8 @@ class IMedSamModel(IMedSamPreTrainedModel):
     ) -> MaskField:
         """The field that the decoder makes of fused prompts, as in [`~imedsam.mask_field.ImplicitMaskField`]."""
         assert self.implicit_decoder is not None  # as `get_mask_field` has seen
+        if (pixel_decoder := self.implicit_decoder.pixel_decoder) is not None:
+            features = pixel_decoder(features, prompt, frame)
         return ImplicitMaskField(self.implicit_decoder, self.config, features, prompt, frame, classes, lattice_region)
 
     @torch.no_grad()

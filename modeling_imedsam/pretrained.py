@@ -32,6 +32,7 @@ from imedsam.frequency import FrequencyBranch
 from imedsam.image_encoder import resize_positions
 from imedsam.implicit_decoder import ClassLinear, EllipsePrior, HiddenLinear
 from imedsam.lora import get_peft_config, split_qkv
+from imedsam.pixel_decoder import HiddenConvolution
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,6 +52,7 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         ("prompt encoder", r"prompt_encoder"),
         ("upscaling", r"mask_decoder\.upscale"),
         ("mask head", r"mask_decoder\.output_hypernetworks_mlps\.0\."),
+        ("pixel decoder", r"implicit_decoder\.pixel_decoder"),
         ("ellipse prior", r"implicit_decoder\.ellipse"),
         ("coarse field", r"implicit_decoder\.coarse"),
         ("fine field", r"implicit_decoder\.fine"),
@@ -325,7 +327,7 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ClassLinear | EllipsePrior):
             module.reset_parameters()
-        elif isinstance(module, HiddenLinear):
+        elif isinstance(module, HiddenLinear | HiddenConvolution):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
         elif isinstance(module, FrequencyBranch):
             init.zeros_(module.gates)

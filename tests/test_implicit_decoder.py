@@ -9,19 +9,12 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import imedsam.contours
-import imedsam.implicit_decoder
+import imedsam.coordinates
 import imedsam.mask_field
 import imedsam.rendering
 import imedsam.tiles
-from imedsam.implicit_decoder import (
-    ClassLinear,
-    CoordinateEncoding,
-    EllipsePrior,
-    HiddenLinear,
-    ImplicitDecoder,
-    fourier_features,
-    normalise,
-)
+from imedsam.coordinates import CoordinateEncoding, fourier_features
+from imedsam.implicit_decoder import ClassLinear, EllipsePrior, HiddenLinear, ImplicitDecoder, normalise
 from imedsam.losses import segmentation_loss
 from imedsam.mask_field import ImplicitMaskField
 from imedsam.prompt_fusion import Prompts
@@ -511,7 +504,7 @@ def test_prompts_share_the_coordinate_part(make_field, monkeypatch):
     field, points = make_field(), random_points(30, prompts=1)
     encoded = []
     monkeypatch.setattr(
-        imedsam.implicit_decoder,
+        imedsam.coordinates,
         "fourier_features",
         lambda positions, octaves: encoded.append(positions.shape[:2]) or fourier_features(positions, octaves),
     )

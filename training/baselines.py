@@ -8,7 +8,7 @@ same data, prompts, schedule, augmentation and seeds.
 | `imedsam_box_mask` | the same | SAM | the same, and the box rasterised as SAM's mask prompt |
 | `sam_decoder` | SAM's own mask decoder, fine-tuned as in MedSAM | SAM | SAM's prompt encoder |
 | `sam_decoder_box_mask` | the same | SAM | the same, and the box rasterised as SAM's mask prompt |
-| `convolutional` | convolutions of as many parameters | SAM | SAM's prompt encoder, the prompt's frame, the ellipse in it |
+| `convolutional` | convolutions of as many parameters | SAM | as `imedsam` |
 | `unet` | MONAI's U-Net | nothing | a fourth channel |
 | `unet_without_prompt` | MONAI's U-Net | nothing | - |
 

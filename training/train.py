@@ -39,6 +39,7 @@ from imedsam.training.report import write_report
 
 # Which flag holds the learning rate of which part of the model.
 LEARNING_RATES = {
+    "pixel decoder": "learning_rate",
     "ellipse prior": "learning_rate",
     "coarse field": "learning_rate",
     "fine field": "learning_rate",
