@@ -345,7 +345,7 @@ def times(path: Path) -> str:
     ]
     machine = report["machine"]
     about = (
-        f"From an image and a box to the mask of the image's own size, of 384 pixels a side within "
+        f"From an image and a box to the mask of the image's own size, models having a square of 384 pixels "
         f"([methods.py](../benchmarks/methods.py); {machine['threads']} threads, {machine['processor']}; "
         f"{report['date'][:10]}; {report['images']}):"
     )

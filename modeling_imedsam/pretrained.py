@@ -375,6 +375,7 @@ _SHARED_BY_ADAPTERS = (
     "prompt_frame",
     "prompt_frame_octaves",
     "ellipse_prior",
+    "pixel_decoder_width",
     "dropout",
     "uncertainty",
     "selection",

@@ -281,6 +281,7 @@ def test_a_second_new_adapter_starts_at_sam_and_leaves_the_first_alone(model, in
         ({"frequency_view": "haar"}, "Expected an adapter with frequency_view 'amplitude', got 'haar' at"),
         ({"image_size": 96}, "Expected an adapter with image_size 64, got 96 at"),
         ({"prompt_frame": False}, "Expected an adapter with prompt_frame True, got False at"),
+        ({"pixel_decoder_width": 12}, "Expected an adapter with pixel_decoder_width None, got 12 at"),
         ({"selection": None}, "Expected an adapter with selection 'threshold', got None at"),
         ({"selection_share": 0.5}, "Expected an adapter with selection_share 0.125, got 0.5 at"),
         ({"train_mask_decoder": True}, "Expected an adapter for this model's configuration, got one with missing"),

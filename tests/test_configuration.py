@@ -74,6 +74,8 @@ REFUSED = [
     ({"selection_lattice": 0}, "selection_lattice of at least 1, got 0"),
     ({"monte_carlo_samples": 1}, "monte_carlo_samples of at least 2, got 1: one pass has no variance"),
     ({"coarse_widths": []}, r"coarse_widths to hold positive layer widths, got \[\]"),
+    ({"pixel_decoder_width": 0}, "pixel_decoder_width as a positive multiple of 4, got 0: for none use None"),
+    ({"pixel_decoder_width": 30}, "pixel_decoder_width as a positive multiple of 4, got 30"),
     ({"fine_widths": [8, 0]}, r"fine_widths to hold positive layer widths, got \[8, 0\]"),
 ]
 

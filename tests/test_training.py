@@ -117,7 +117,7 @@ def test_only_what_the_configuration_names_is_trained(sam_folder, trained):
     assert changed <= set(trainable)
     changed = {id(trainable[name]) for name in changed}
     parts = model.parameter_parts()
-    others = {"mask head", "convolutional head", "U-Net", "ellipse prior"}
+    others = {"mask head", "convolutional head", "U-Net", "ellipse prior", "pixel decoder"}
     assert set(parts) == set(train.LEARNING_RATES) - {"image encoder", "mask decoder"} - others
     for name, parameters in parts.items():
         unchanged = [p for p in parameters if id(p) not in changed]
