@@ -7,7 +7,7 @@ Phantoms have exact truth at 896 pixels.
 
     python experiments/resolution.py [--test]
 
-Cost: 13 runs of its own, at most 25 minutes each. Expected: if the claim holds, NSD at a pixel above (a) and (b), most
+Cost: 21 runs of its own, at most 25 minutes each. Expected: if the claim holds, NSD at a pixel above (a) and (b), most
 at 128; it may fail. The paper's Dice at 128 and 896 pixels, 91.5 and 91.3, is near that at 384.
 """
 
@@ -80,11 +80,12 @@ TABLES = (
     Table(
         "resolution_busi",
         "Input size, on BUSI",
-        rows("busi", SIZES[2:]),
+        rows("busi", SIZES),
         (("busi", "validation"), ("busi", "test")),
         reference="384: field",
         columns=COLUMNS,
         compared=COMPARED,
+        x="side of the model's square",
     ),
     Table(
         "resolution_phantoms",
