@@ -4,7 +4,7 @@ times as many as a split has, for choices and claims that 39 images cannot carry
 
     python experiments/pooled_folds.py
 
-Cost: 20 runs, at most 25 minutes each. Expected: all near their Dice on the validation split, 88 to 89. The epoch that
+Cost: 25 runs, at most 25 minutes each. Expected: all near their Dice on the validation split, 88 to 89. The epoch that
 is kept is the best on the fold that is scored, as everywhere here: nearly always the last one.
 """
 
