@@ -1,7 +1,8 @@
 """
-I-MedSAM as in the paper (here and in all tables: with coordinates in the prompt's frame) and with the ellipse prior
-that the model has by default, beside what they have to beat, with the same start point, data, steps, augmentation and
-seeds: polyps, ultrasound of the breast, and three classes of cardiac MR.
+I-MedSAM with the paper's fields (so called in all tables; with coordinates in the prompt's frame, and SAM's two-way
+transformer trained, as in all rows that have one) and with the ellipse prior that the model has by default, beside what
+they have to beat, with the same start point, data, steps, augmentation and seeds: polyps, ultrasound of the breast, and
+three classes of cardiac MR.
 
     python experiments/main_table.py [--test]
 
