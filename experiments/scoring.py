@@ -18,7 +18,7 @@ from imedsam import IMedSamModel, IMedSamProcessor
 from imedsam.image_encoder import resize_positions
 from imedsam.mask_field import MaskField
 from imedsam.rendering import check_region
-from imedsam.tiles import pixel_centres
+from imedsam.tiles import pixel_centres, whole_square
 from imedsam.training.data import split_by_class
 from imedsam.training.evaluation import evaluate_masks, floor_metrics
 from imedsam.training.examples import Examples, load_examples
@@ -141,11 +141,8 @@ class UpsampledField:
 def crop_and_resize(values: Tensor, size: tuple[int, int], region: Tensor | None) -> Tensor:
     """Maps (B, P, M, S, S) over the square [-1, 1]^2 at the pixel centres of a grid over a rectangle of it, (B, 4)."""
     maps = values.flatten(1, 2)
-    box = torch.tensor([[-1.0, -1.0, 1.0, 1.0]]) if region is None else region.reshape(-1, 4)
-    x0, y0, x1, y1 = box.to(maps).expand(len(maps), 4)[..., None].unbind(1)
-    columns = x0 + (x1 - x0) * (torch.arange(size[1], device=maps.device) + 0.5) / size[1]
-    rows = y0 + (y1 - y0) * (torch.arange(size[0], device=maps.device) + 0.5) / size[0]
-    grid = torch.stack([columns[:, None].expand(-1, size[0], -1), rows[:, :, None].expand(-1, -1, size[1])], dim=-1)
+    square = whole_square(len(maps), maps.device) if region is None else region.expand(len(maps), 4)
+    grid = pixel_centres(size, square.to(maps)).unflatten(1, tuple(size))
     resized = F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return resized.unflatten(1, values.shape[1:3])
 

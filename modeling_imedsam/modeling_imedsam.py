@@ -17,7 +17,7 @@ from imedsam.losses import segmentation_loss
 from imedsam.mask_field import FieldValues, ImplicitMaskField, InterpolatedMaskField, MaskField
 from imedsam.pretrained import IMedSamPreTrainedModel
 from imedsam.prompt_fusion import PromptEncoder, PromptFusion, Prompts
-from imedsam.tiles import pixel_centres
+from imedsam.tiles import pixel_centres, whole_square
 from imedsam.uncertainty import draw_uncertain
 
 
@@ -207,7 +207,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
             classes = torch.arange(self.config.num_labels, device=features.device).expand(len(features), -1)
         else:
             classes = class_labels.to(features.device).reshape(-1, 1)
-        lattice_region = torch.tensor([[-1.0, -1.0, 1.0, 1.0]], device=features.device).repeat(batch_size, 1)
+        lattice_region = whole_square(batch_size, features.device)
         if reshaped_input_sizes is not None:
             lattice_region[:, 2:] = 2 * reshaped_input_sizes.to(features.device).flip(-1) / self.config.image_size - 1
         frame = prompts.frame(self.config.image_size).to(features.device)
@@ -265,7 +265,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
                     f"Expected labels of shape (B, P, H, W) with (B, P) = {shape}, got {tuple(labels.shape)}: "
                     "or give their coordinates."
                 )
-            square = torch.tensor([[-1.0, -1.0, 1.0, 1.0]], device=labels.device).expand(len(labels), 4)
+            square = whole_square(len(labels), labels.device)
             coordinates, labels = pixel_centres(labels.shape[-2:], square)[:, None], labels.flatten(2)
         elif tuple(coordinates.shape[:2]) != shape or labels.shape != coordinates.shape[:-1]:
             raise ValueError(

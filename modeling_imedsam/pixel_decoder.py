@@ -7,7 +7,7 @@ from transformers.models.sam.modeling_sam import SamLayerNorm
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.coordinates import CoordinateEncoding
-from imedsam.tiles import pixel_centres
+from imedsam.tiles import pixel_centres, whole_square
 
 UNFOLDED = 2  # the side of the square of places that become channels of one
 
@@ -47,7 +47,7 @@ class PixelDecoder(nn.Module):
         Returns:
             (R, width / 4, H, W), at least 0.
         """
-        square = torch.tensor([[-1.0, -1.0, 1.0, 1.0]], device=features.device).expand(len(features), 4)
+        square = whole_square(len(features), features.device)
         positions = self.coordinates(pixel_centres(features.shape[-2:], square), frame).to(features.dtype)
         positions = positions.transpose(1, 2).unflatten(-1, features.shape[-2:])
         folded = F.pixel_unshuffle(torch.cat([features, positions], dim=1), UNFOLDED)

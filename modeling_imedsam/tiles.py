@@ -103,6 +103,11 @@ def pixel_centres(size: Sequence[int], region: Tensor) -> Tensor:
     return _centres(range(math.prod(size)), size, region)
 
 
+def whole_square(count: int, device: torch.device) -> Tensor:
+    """The region of so many grids that cover all of [-1, 1]^2: (count, 4)."""
+    return torch.tensor([[-1.0, -1.0, 1.0, 1.0]], device=device).repeat(count, 1)
+
+
 def _centres(pixels: range, size: Sequence[int], region: Tensor) -> Tensor:
     """Of some of a grid's pixels, numbered row by row: (B, N, 2)."""
     numbers = torch.arange(pixels.start, pixels.stop, device=region.device)

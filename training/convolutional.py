@@ -14,7 +14,7 @@ from imedsam.implicit_decoder import EllipsePrior
 from imedsam.mask_field import InterpolatedMaskField, MaskField
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.pixel_decoder import HiddenConvolution, PixelDecoder
-from imedsam.tiles import pixel_centres
+from imedsam.tiles import pixel_centres, whole_square
 
 # Channels that are normalised against each other are not to be too few.
 LEAST_CHANNELS = 8
@@ -108,7 +108,7 @@ class ConvolutionalDecoder(nn.Module):
         logits = self.head(hidden)
         if self.ellipse is None:
             return logits
-        square = torch.tensor([[-1.0, -1.0, 1.0, 1.0]], device=features.device).expand(len(features), 4)
+        square = whole_square(len(features), features.device)
         classes = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
         prior = self.ellipse(pixel_centres(logits.shape[-2:], square), frame, classes)
         return logits + prior.unflatten(-1, logits.shape[-2:])
