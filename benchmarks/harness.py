@@ -8,10 +8,12 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from imedsam.training.train import main as train
 
 SEED = 0
 FOLDER = Path(__file__).parent
+PAPER = MappingProxyType({"ellipse_prior": False})  # the configuration of its fields
 FIELD_TRAINING = (
     "--num_train_epochs {epochs} --per_device_train_batch_size 2 --num_points 2500 --uniform_share 0.3 "
     "--point_weighting none --box_jitter 0.03 --evaluation_size 96 --eval_every 100 --learning_rate 1e-3 "
@@ -37,7 +40,11 @@ FIELD_TRAINING = (
 )
 
 
-def parse_args(description: str, takes_model: bool = True) -> argparse.Namespace:
+def parse_args(description: str, models: Sequence[str] = ("model",)) -> argparse.Namespace:
+    """
+    Args:
+        models: options that take a trained model's folder.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quick",
@@ -45,8 +52,10 @@ def parse_args(description: str, takes_model: bool = True) -> argparse.Namespace
         help="Under a minute, once its small model is trained; its figures are not kept.",
     )
     parser.add_argument("--check", action="store_true", help="Exit with 1 if a goal is missed.")
-    if takes_model:
-        parser.add_argument("--model", type=Path, help="A trained model's folder; by default one is trained before.")
+    for option in models:
+        parser.add_argument(
+            f"--{option}", type=Path, help="A trained model's folder; by default one is trained before."
+        )
     parser.add_argument("--output_dir", type=Path, help="By default benchmarks/, or outputs/benchmarks with --quick.")
     args = parser.parse_args()
     args.output_dir = args.output_dir or (Path("outputs/benchmarks") if args.quick else FOLDER)
@@ -134,27 +143,35 @@ def matrix_products() -> Callable[[], object]:
 MATRIX_PRODUCTS_FLOPS = 20 * 2 * TILE_POINTS * 1024 * 512
 
 
-def trained_pipeline(args: argparse.Namespace, num_images: int | None = 8) -> tuple[IMedSamPipeline, Examples, str]:
+def trained_pipeline(
+    args: argparse.Namespace, num_images: int | None = 8, option: str = "model", config: Mapping[str, Any] = PAPER
+) -> tuple[IMedSamPipeline, Examples, str]:
     """
     A model whose fields have the paper's widths, images that it has not seen, and what both are: with IMEDSAM_DATA the
     medical start point fine-tuned on Kvasir-Sessile, and validation images; without it, and in quick runs, a small
     encoder trained on phantoms.
+
+    Args:
+        option: of `parse_args`, that takes another folder of it.
+        config: values of its configuration.
     """
     root = os.environ.get("IMEDSAM_DATA")
     if root is not None and not args.quick:
         dataset, what = str(Path(root) / "data" / "kvasir_sessile"), "Kvasir-Sessile, validation images"
         start, folder = str(Path(root) / "checkpoints" / "medical-tiny-sam-384"), "outputs/benchmarks/kvasir-sessile"
-        flags = f"--augmentation light --config ellipse_prior=false {FIELD_TRAINING.format(epochs=8)}"
+        values = " ".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in config.items())
+        flags = f"--augmentation light --config {values} {FIELD_TRAINING.format(epochs=8)}"
     else:
         dataset, what = "phantoms:ultrasound", "phantoms that the model has not seen"
-        start, folder = save_start(), f"outputs/benchmarks/phantoms{'-quick' if args.quick else ''}"
+        start, folder = save_start(config), f"outputs/benchmarks/phantoms{'-quick' if args.quick else ''}"
         images, epochs = (40, 1) if args.quick else (800, 3)
         flags = f"--augmentation none --encoder_learning_rate 5e-4 --num_train_images {images} --phantom_size 384 "
         flags += f"--num_warmup_steps 20 {FIELD_TRAINING.format(epochs=epochs)}"
-    if args.model is None:
+    given, folder = getattr(args, option), folder if option == "model" else f"{folder}-{option}"
+    if given is None:
         train_once([*flags.split(), "--model_name_or_path", start, "--dataset_name", dataset, "--output_dir", folder])
     examples = load_examples(dataset, "validation", num_images=num_images, image_size=384)
-    pipeline = IMedSamPipeline.from_pretrained(args.model or folder)
+    pipeline = IMedSamPipeline.from_pretrained(given or folder)
     if (mode := pipeline.processor.image_processor.resize_mode) != "stretch":
         raise SystemExit(f"Expected a model whose square is the image, resize_mode stretch, got {mode}: give another.")
     return pipeline, examples, what
@@ -187,16 +204,16 @@ def median_first(fields: list[MaskField]) -> list[int]:
     return sorted(range(len(fields)), key=lambda number: number != median)
 
 
-def save_start() -> str:
+def save_start(values: Mapping[str, Any] = PAPER) -> str:
     """
-    The folder of an untrained model: a small encoder at 128 pixels below prompt fusion and fields of the paper's
-    widths; all of it is to be trained.
+    The folder of an untrained model: a small encoder at 128 pixels below prompt fusion and fields with these values of
+    the configuration; all of it is to be trained.
     """
     vision = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_dim": 384}
     vision |= {"image_size": 128, "patch_size": 8, "window_size": 0, "use_rel_pos": False, "initializer_range": 0.08}
     sam = {"vision_config": vision | {"scale": 1.0}, "prompt_encoder_config": {"image_size": 128, "patch_size": 8}}
     training = {"lora_rank": 0, "train_image_encoder": True, "train_mask_decoder": True}
-    config = IMedSamConfig(sam_config=sam, ellipse_prior=False, **training)
+    config = IMedSamConfig(sam_config=sam, **training, **values)
     folder = "outputs/benchmarks/start"
     torch.manual_seed(SEED)
     IMedSamModel(config).save_pretrained(folder)

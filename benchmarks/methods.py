@@ -1,11 +1,12 @@
 """
 Methods: time and memory from an image and a box to the mask of the image's own size, of I-MedSAM, adaptively and
-exactly rendered, and of what it is compared with, beside SAM's own decoder. The encoder is the same; the fields are a
-trained model's, the other networks have random weights, which take the same time whatever the weights.
+exactly rendered and with a pixel decoder, and of what it is compared with, beside SAM's own decoder. The encoder is
+the same. How many points adaptive rendering takes depends on the mask, so the fields are those of trained models, one
+for each kind; the other networks have random weights, which take the same time whatever the weights.
 
     python benchmarks/methods.py
 
-About 3 minutes on two cores, once the model is trained; 2 GB of memory.
+About 3 minutes on two cores, once the two models are trained; 2 GB of memory.
 """
 
 from collections.abc import Callable
@@ -19,15 +20,25 @@ from imedsam.training.baselines import METHODS
 from imedsam.training.metrics import box_from_mask
 from imedsam.training.unet import UNetModel
 
-EXACT = "imedsam, exact"
+EXACT, PIXEL_DECODER = "imedsam, exact", "imedsam, pixel decoder"
+# As in experiments/runs.py; the fields are so much smaller that the model has as many parameters as without.
+PIXEL_DECODER_CONFIG = {
+    "pixel_decoder_width": 192,
+    "coarse_widths": [256, 128],
+    "coarse_features": 128,
+    "fine_widths": [128, 128],
+}
 
 
 def main() -> None:
-    args = parse_args(__doc__)
+    args = parse_args(__doc__, models=("model", "pixel_decoder_model"))
     trained, examples, what = trained_pipeline(args, num_images=4)
+    config = {**PIXEL_DECODER_CONFIG, "ellipse_prior": trained.model.config.ellipse_prior}
+    convolved, _, _ = trained_pipeline(args, num_images=4, option="pixel_decoder_model", config=config)
     pipelines = {name: trained if name == "imedsam" else make_pipeline(name, trained) for name in METHODS}
     functions = {name: over_images(pipeline, examples) for name, pipeline in pipelines.items()}
     functions[EXACT] = over_images(trained, examples, mode="exact")
+    functions[PIXEL_DECODER] = over_images(convolved, examples)
     times = measure(functions, rounds=2 if args.quick else 7)
     methods = {
         name: {
@@ -48,7 +59,8 @@ def main() -> None:
         30 if args.quick else 1.5,
         " of SAM's decoder",
     )
-    finish("methods", args, {"images": what, "methods": methods}, goals, plot(methods))
+    models = {"pixel_decoder_model": str(args.pixel_decoder_model or "trained for the benchmark")}
+    finish("methods", args, {**models, "images": what, "methods": methods}, goals, plot(methods))
 
 
 def make_pipeline(name: str, trained: IMedSamPipeline) -> IMedSamPipeline:

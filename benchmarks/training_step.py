@@ -33,7 +33,7 @@ TRAINING = (
 
 
 def main() -> None:
-    args = parse_args(__doc__, takes_model=False)
+    args = parse_args(__doc__, models=())
     steps = measure_steps(64 if args.quick else 384, rounds=1 if args.quick else 3)
     trainings = measure_trainings(quick=args.quick)
     goals = Goals()
