@@ -23,6 +23,7 @@ from PIL import Image
 
 from imedsam.training.examples import images_by_name
 from imedsam.training.pictures import displayable, save_sheet
+from imedsam.training.report import write_atomically
 
 HASH_SIDE = 16
 MAX_DISTANCE = 72  # of 256 bits
@@ -97,7 +98,7 @@ def write_pairs(path: Path, pairs: list[Pair], max_distance: int, num_images: di
     """A line per pair, so that a change of the list can be read."""
     lines = ",\n".join(f"  {json.dumps([*pair.first, *pair.second, pair.distance])}" for pair in pairs)
     head = {"hash": "pHash", "bits": HASH_SIDE**2, "max_distance": max_distance, "num_images": num_images}
-    path.write_text(f'{json.dumps(head)[:-1]}, "pairs": [\n{lines}\n]}}\n')
+    write_atomically(path, f'{json.dumps(head)[:-1]}, "pairs": [\n{lines}\n]}}\n')
 
 
 def group(names: list[tuple[str, str]], pairs: list[Pair]) -> list[int]:

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from runs import DERIVED, MACHINE_DEPENDENT, WITHOUT_SAM, Run, Scoring
-from scoring import load_trained, open_examples, score, score_floors, time_per_image
+from scoring import load_trained, open_examples, score, score_floors
 from splits import Splits, make_splits, write_folder
 
 from imedsam.training.arguments import parse_args
 from imedsam.training.checkpoints import STATE_FILE, find_checkpoints
 from imedsam.training.machine import describe_machine, peak_memory
-from imedsam.training.report import write_json
+from imedsam.training.report import write_atomically, write_json
 from imedsam.training.train import main as train
 
 RESUMABLE = "move it away, or choose another --output_dir"
@@ -95,8 +95,7 @@ def train_and_score(task: Task, run: Run) -> None:
         facts |= {"dropped": {} if splits is None else splits.dropped}
         facts |= {"machine": describe_machine(), "side_by_side": task.side_by_side, "peak_memory": memory}
         results.mkdir(parents=True, exist_ok=True)
-        seconds = time_per_image(model, processor, open_examples(folder, run.data, "validation"))
-        write_json(results / "run.json", facts | {"seconds_per_image": round(seconds, 4)})
+        write_json(results / "run.json", facts)
     for scoring in missing:
         own = scoring.data == run.data
         examples = open_examples(
@@ -147,7 +146,7 @@ def refuse_another_recipe(path: Path, flags: list[str]) -> None:
     """A run from before, finished or not, counts if it was made with the flags that are given now."""
     made_with, asked_for = json.loads(path.read_text())["arguments"], vars(parse_args(flags))
     asked_for = json.loads(json.dumps(asked_for))
-    if made_with["config"]:  # from before there was an ellipse prior, it may not say that it had none
+    if made_with["config"]:  # what does not name the ellipse prior stands for a model without one
         made_with["config"] = {"ellipse_prior": False, **made_with["config"]}
     ignored = {*MACHINE_DEPENDENT, *(DERIVED if asked_for["max_train_steps"] else ())}
     if different := [
@@ -184,12 +183,10 @@ def describe_commit() -> str | None:
 
 
 def write_scores(path: Path, content: dict) -> None:
-    """A line per column, in a file that is complete or not there."""
+    """A line per column."""
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(f"{{\n{lines}\n}}\n")
-    temporary.replace(path)
+    write_atomically(path, f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":

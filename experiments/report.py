@@ -13,20 +13,31 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from duplicates import read_pairs
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from runner import FILES, HERE, load_tables
-from runs import Row, Scoring, Table
+from runs import STARTS, WITH_PIXEL_DECODER, Row, Run, Scoring, Table
 from splits import clusters
 
+from imedsam.training.arguments import parse_args
 from imedsam.training.intervals import Interval, mean_interval, paired_bootstrap
+from imedsam.training.report import write_atomically
 
 BENCHMARK = HERE.parent / "benchmarks" / "methods.json"
+BENCHMARK_SIDE = 384  # of the square of the models that it measures
+# What leaves the time of their masks as it is, LoRA being merged; and what of a row's scoring does.
+TIMELESS = {"lora_rank", "lora_alpha", "train_mask_decoder", "train_image_encoder", "ellipse_prior"}
+TIMELESS_CHANGES = {"box_jitter"}
+# Of a plot of differences, the more welcome first, and the share of a panel's width that a label takes.
+TICKS, TICK_ROOM = (0, 10, 100, 30, 3, 300, 1), 0.1
+SERIES_WIDTH = 0.6  # of the distance between two places of an axis
 BEGIN, END = "<!-- experiments: begin -->", "<!-- experiments: end -->"
 METRICS = {
     "dice": ("Dice", 100),
@@ -49,9 +60,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--document", type=Path, default=HERE.parent / "docs" / "results.md")
     args = parser.parse_args()
+    if not any(args.results.glob("*/run.json")):
+        raise SystemExit(
+            f"Expected results of runs, RUN/run.json each, in {args.results}, got none: give the --results of "
+            "runner.py, or start that before."
+        )
     images = args.document.parent / "images" / "experiments"
-    sections = [section for table in load_tables(FILES) for section in write_table(table, args.results, images)]
-    parts = [hygiene(args.results), *sections, fine_field(args.results), times(BENCHMARK)]
+    benchmark = json.loads(BENCHMARK.read_text()) if BENCHMARK.exists() else None
+    sections = [
+        section for table in load_tables(FILES) for section in write_table(table, args.results, images, benchmark)
+    ]
+    parts = [hygiene(args.results), *sections, fine_field(args.results), times(benchmark)]
     write_between_markers(args.document, "\n\n".join(part for part in parts if part))
 
 
@@ -82,8 +101,13 @@ class Scored:
         return len({fact["arguments"]["seed"] for fact in self.facts}) > 1
 
 
-def write_table(table: Table, results: Path, images: Path) -> list[str]:
-    """A section for each part of the data that has results, and its plot as a file."""
+def write_table(table: Table, results: Path, images: Path, benchmark: dict | None) -> list[str]:
+    """
+    A section for each part of the data that has results, and its plot as a file.
+
+    Args:
+        benchmark: what benchmarks/methods.py has measured, if it has.
+    """
     sections = []
     for data, split in table.parts(test=True):
         scored = [one for row in table.rows if (one := read_row(row, table.scoring(row, data, split), results))]
@@ -95,7 +119,8 @@ def write_table(table: Table, results: Path, images: Path) -> list[str]:
         num = max(len(one.objects) for one in scored)
         title = f"### {table.title}: {data}, {split} ({num} objects)"
         picture = f"![{table.title}](images/{path.parent.name}/{path.name})"
-        parts = [title, table.about, markdown(table, scored, data), details(scored), picture]
+        rows = markdown(table, scored, data, benchmark)
+        parts = [title, table.about, rows, not_scored(table, scored), details(scored, benchmark), picture]
         sections.append("\n\n".join(part for part in parts if part))
     return sections
 
@@ -135,25 +160,37 @@ def read_row(row: Row, scoring: Scoring, results: Path) -> Scored | None:
     return Scored(row, means, per_run, facts, adaptive=row.floor is None and paths is adaptive)
 
 
-def markdown(table: Table, scored: Sequence[Scored], data: str) -> str:
+def markdown(table: Table, scored: Sequence[Scored], data: str, benchmark: dict | None) -> str:
     """A row each, without columns that would be empty."""
     titles = [METRICS[metric][0] for metric in table.columns]
     differences = [f"{METRICS[metric][0]}, difference" for metric in table.compared]
     heads = ["", "runs", *titles, *differences, "trained", "s / image", "training (GB)"]
     rows = []
-    by_label = {one.row.label: one for one in scored}
     for one in scored:
         cells = [one.row.label, str(len(one.facts) or ""), *(average(one, metric) for metric in table.columns)]
-        reference = by_label.get(one.row.against or table.reference)
+        reference = reference_of(one, scored, table)
         for metric in table.compared:
-            if reference is None or reference is one:
+            if reference is None:
                 cells.append("")
             else:
                 interval = difference(one, reference, metric, data)
                 cells.append(f"{interval.mean:+.1f} [{interval.low:.1f}, {interval.high:.1f}]")
-        rows.append([*cells, *cost(one)])
+        rows.append([*cells, *cost(one, benchmark)])
     columns = [column for column in zip(heads, *rows, strict=True) if column[0] == "" or any(column[1:])]
     return grid(*zip(*columns, strict=True))
+
+
+def reference_of(one: Scored, scored: Sequence[Scored], table: Table) -> Scored | None:
+    """The other row that a row is compared with; None where that has not been scored."""
+    label = one.row.against or table.reference
+    return next((other for other in scored if other.row.label == label and other is not one), None)
+
+
+def not_scored(table: Table, scored: Sequence[Scored]) -> str:
+    """The trained rows that a table lacks."""
+    there = {one.row.label for one in scored}
+    missing = [row.label for row in table.rows if row.runs and row.label not in there]
+    return f"Not scored here: {'; '.join(missing)}." if missing else ""
 
 
 def grid(heads: Sequence[str], *rows: Sequence[str]) -> str:
@@ -184,20 +221,50 @@ def plain(names: Sequence[str]) -> list[str]:
     return [name.partition("/")[0] for name in names]
 
 
-def cost(one: Scored) -> list[str]:
+def cost(one: Scored, benchmark: dict | None) -> list[str]:
     if not one.facts:
         return ["", "", ""]
-    fact = one.facts[0]
-    memory = fact["peak_memory"] or {}
-    peak = memory.get("gpu") or memory.get("process")
+    seconds, fact = seconds_per_image(one, benchmark), one.facts[0]
     trained = f"{sum(fact['trainable_parameters'].values()) / 1e6:.2f} M"
-    alone = fact["side_by_side"] == 1  # what was timed beside others says nothing
-    seconds = f"{fact['seconds_per_image']:.2f}" if alone else ""
-    return [trained, seconds, "" if peak is None else f"{peak / 1e9:.1f}"]
+    return [trained, "" if seconds is None else f"{seconds:.2f}", training_memory(fact)]
 
 
-def details(scored: Sequence[Scored]) -> str:
-    """Hardware, precision, steps, time, seeds, and what each row has trained."""
+def training_memory(fact: dict) -> str:
+    """The peak in GB, and of what: allocated on the GPU, or resident of the whole process where there is none."""
+    peaks = fact["peak_memory"] or {}
+    kind = "gpu" if peaks.get("gpu") else "process"
+    return f"{peaks[kind] / 1e9:.1f} {'GPU' if kind == 'gpu' else kind}" if peaks.get(kind) else ""
+
+
+def seconds_per_image(one: Scored, benchmark: dict | None) -> float | None:
+    """Of methods.py, where the row's model is one that it measures."""
+    fact = one.facts[0]
+    folders = [folder for folder, _ in STARTS.values()]  # their encoders are of one size
+    if benchmark is None or fact["start"] not in ("from nothing", *folders) or fact["image_size"] != BENCHMARK_SIDE:
+        return None
+    config = _without(fact["arguments"]["config"] or {}, TIMELESS)
+    name = fact["arguments"]["method"]
+    if config and config == pixel_decoder_config():
+        name = f"{name}, pixel decoder"
+    elif config:
+        return None
+    if name not in benchmark["methods"] or _without(dict(one.row.changes), TIMELESS_CHANGES):
+        return None
+    return benchmark["methods"][name]["seconds_per_image"]
+
+
+@cache
+def pixel_decoder_config() -> dict:
+    places = ["--model_name_or_path", "", "--dataset_name", "", "--output_dir", ""]
+    return _without(parse_args([*places, *Run(flags=WITH_PIXEL_DECODER).arguments()]).config, TIMELESS)
+
+
+def _without(values: dict, keys: set[str]) -> dict:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def details(scored: Sequence[Scored], benchmark: dict | None) -> str:
+    """Hardware, precision, steps, time, seeds, commits, and what each row has trained."""
     facts = [fact for one in scored for fact in one.facts]
     machines = sorted({fact["machine"]["gpu"] or f"{fact['machine']['processor']}" for fact in facts})
     steps = sorted({fact["arguments"]["max_train_steps"] for fact in facts})
@@ -218,7 +285,8 @@ def details(scored: Sequence[Scored]) -> str:
         f"precision {' and '.join(precisions)}; "
         f"seeds {', '.join(map(str, sorted({fact['arguments']['seed'] for fact in facts})))}; "
         f"{', '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; "
-        f"{_rendering(scored)} rendering. Start and trained parameters:",
+        f"{_rendering(scored)} rendering; {_commits(facts)}. {_timing(scored, benchmark)}"
+        "Start and trained parameters:",
         "",
         *(f"- {parts}: {'; '.join(labels) if len(trained) > 1 else 'all rows'}" for parts, labels in trained.items()),
     ]
@@ -229,10 +297,28 @@ def _rendering(scored):
     return " and ".join(sorted({"adaptive" if one.adaptive else "exact" for one in scored if one.facts}))
 
 
+def _commits(facts):
+    known = sorted({fact["commit"] for fact in facts if fact.get("commit")})
+    unknown = sum(not fact.get("commit") for fact in facts)
+    if not known:
+        return "commits not recorded"
+    gap = f" (commit not recorded for {unknown} of them)" if unknown else ""
+    return f"{len(facts)} runs made from {' and '.join(known)}{gap}"
+
+
+def _timing(scored, benchmark):
+    if all(seconds_per_image(one, benchmark) is None for one in scored if one.facts):
+        return ""
+    return (
+        f"Seconds are those of [methods.py](../benchmarks/methods.py), adaptively rendered ({benchmark['images']}; "
+        f"{benchmark['machine']['threads']} threads, {benchmark['machine']['processor']}). "
+    )
+
+
 def draw(table: Table, scored: Sequence[Scored], data: str, path: Path) -> None:
     """
-    Along an axis the first metric, a curve per series; otherwise the differences to the reference, a line per row. All
-    with their intervals.
+    The compared metrics, a panel each: along an axis a curve per series, otherwise the differences to the reference, a
+    line per row. All with their intervals.
     """
     figure = draw_curves(table, scored, data) if table.x else draw_differences(table, scored, data)
     FigureCanvasAgg(figure)
@@ -240,41 +326,62 @@ def draw(table: Table, scored: Sequence[Scored], data: str, path: Path) -> None:
 
 
 def draw_curves(table: Table, scored: Sequence[Scored], data: str) -> Figure:
-    metric = table.columns[0]
-    name, scale = METRICS[metric]
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axis = figure.subplots()
-    for series in dict.fromkeys(one.row.series for one in scored if one.row.x is not None):
-        chosen = [one for one in scored if one.row.series == series]
-        means = [scaled_interval(one, metric, data, scale) for one in chosen]
-        x, y = [one.row.x for one in chosen], [mean.mean for mean in means]
-        axis.errorbar(x, y, _errors(means), marker="o", capsize=3, label=series or None)
-    axis.set(xlabel=table.x, ylabel=name)
-    axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[1]:
-        figure.legend(loc="outside right upper", fontsize=8)
+    """The places of the axis are evenly spaced, and the series side by side around them."""
+    placed = [one for one in scored if one.row.x is not None]
+    places = {x: place for place, x in enumerate(sorted({one.row.x for one in placed}))}
+    series = list(dict.fromkeys(one.row.series for one in placed))
+    panels = len(table.compared)
+    figure = Figure(figsize=(4 + 5 * panels, 4), layout="constrained")
+    for axis, metric in zip(figure.subplots(1, panels, squeeze=False)[0], table.compared, strict=True):
+        name, scale = METRICS[metric]
+        for number, label in enumerate(series):
+            chosen = sorted((one for one in placed if one.row.series == label), key=lambda one: one.row.x)
+            means = [scaled_interval(one, metric, data, scale) for one in chosen]
+            aside = SERIES_WIDTH * ((number + 0.5) / len(series) - 0.5)
+            x, y = [places[one.row.x] + aside for one in chosen], [mean.mean for mean in means]
+            style = {"marker": "o", "markersize": 4, "linewidth": 1, "capsize": 2}
+            axis.errorbar(x, y, _errors(means), label=label or None, **style)
+        axis.set(xlabel=table.x, ylabel=name, xticks=range(len(places)), xticklabels=[f"{x:g}" for x in places])
+        axis.grid(alpha=0.3)
+    handles, labels = axis.get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     return figure
 
 
 def draw_differences(table: Table, scored: Sequence[Scored], data: str) -> Figure:
-    reference = next(one for one in scored if one.row.label == table.reference)
-    others, panels = [one for one in scored if one is not reference], len(table.compared)
-    figure = Figure(figsize=(4 + 2.6 * panels, 1.1 + 0.3 * len(others)), layout="constrained")
+    pairs = [(one, other) for one in scored if (other := reference_of(one, scored, table))]
+    labels = [
+        one.row.label if other.row.label == table.reference else f"{one.row.label}\n(to {other.row.label})"
+        for one, other in pairs
+    ]
+    places, panels = range(len(pairs)), len(table.compared)
+    figure = Figure(figsize=(4 + 2.8 * panels, 1.1 + 0.3 * len(pairs)), layout="constrained")
     for axis, metric in zip(figure.subplots(1, panels, sharey=True, squeeze=False)[0], table.compared, strict=True):
-        differences = [difference(one, reference, metric, data) for one in others]
-        places = range(len(others))
+        differences = [difference(one, other, metric, data) for one, other in pairs]
+        axis.set_xscale("symlog", linthresh=5)  # a network that has learnt nothing is to leave room for the others
         axis.errorbar([one.mean for one in differences], places, xerr=_errors(differences), fmt="o", capsize=3)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.update_datalim([(-1, 0), (1, 0)])  # tiny differences are to look tiny
+        axis.margins(x=0.06)
         axis.autoscale_view()
-        axis.set_xscale("symlog", linthresh=5)  # a network that has learnt nothing is to leave room for the others
-        axis.xaxis.set_major_locator(FixedLocator((-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100)))
+        axis.xaxis.set_major_locator(FixedLocator(readable_ticks(axis)))
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set(xlabel=METRICS[metric][0], yticks=places, yticklabels=[one.row.label for one in others])
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set(xlabel=METRICS[metric][0], yticks=places, yticklabels=labels, ylim=(len(pairs) - 0.4, -0.6))
         axis.grid(alpha=0.3)
-    axis.invert_yaxis()
-    figure.suptitle(f"Difference to: {reference.row.label}", fontsize=10)
+    figure.suptitle(f"Difference to: {table.reference}", fontsize=10)
     return figure
+
+
+def readable_ticks(axis: Axes) -> list[float]:
+    """Of TICKS those that lie in a panel, but for what would come too close to one before it."""
+    (low, high), shown = axis.get_xlim(), []
+    for tick in (tick for size in TICKS for tick in dict.fromkeys((size, -size)) if low <= tick <= high):
+        places = [axis.transLimits.transform(axis.transScale.transform((one, 0)))[0] for one in (tick, *shown)]
+        if all(abs(place - places[0]) >= TICK_ROOM for place in places[1:]):
+            shown.append(tick)
+    return sorted(shown)
 
 
 def scaled_interval(one: Scored, metric: str, data: str, scale: float) -> Interval:
@@ -329,11 +436,10 @@ def fine_field(results: Path) -> str:
     return f"### What the fine field does\n\n{grid(heads, *rows)}" if paths else ""
 
 
-def times(path: Path) -> str:
+def times(benchmark: dict | None) -> str:
     """What benchmarks/methods.py has measured."""
-    if not path.exists():
+    if benchmark is None:
         return ""
-    report = json.loads(path.read_text())
     rows = [
         (
             name,
@@ -341,13 +447,14 @@ def times(path: Path) -> str:
             f"{row['over_sam_decoder']:.2f}",
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
         )
-        for name, row in report["methods"].items()
+        for name, row in benchmark["methods"].items()
     ]
-    machine = report["machine"]
+    machine = benchmark["machine"]
     about = (
-        f"From an image and a box to the mask of the image's own size, models having a square of 384 pixels "
-        f"([methods.py](../benchmarks/methods.py); {machine['threads']} threads, {machine['processor']}; "
-        f"{report['date'][:10]}; {report['images']}):"
+        f"From an image and a box to the mask of the image's own size, models having a square of {BENCHMARK_SIDE} "
+        f"pixels ([methods.py](../benchmarks/methods.py); {machine['threads']} threads, {machine['processor']}; "
+        f"{benchmark['date'][:10]}; {benchmark['images']}). Peak memory is beyond what the process had before, its "
+        "models among it."
     )
     table = grid(("method", "s / image", "SAM's decoder being 1", "peak memory (MB)"), *rows)
     return f"### Time and memory of a mask\n\n{about}\n\n{table}"
@@ -362,7 +469,7 @@ def write_between_markers(path: Path, content: str) -> None:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise SystemExit(f"Expected the lines {BEGIN} and {END} once each in {path}, got others: put them in.")
     before, _, rest = text.partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{content}\n\n{END}{rest.partition(END)[2]}")
+    write_atomically(path, f"{before}{BEGIN}\n\n{content}\n\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

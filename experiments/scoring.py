@@ -1,7 +1,6 @@
 """Scores of a trained model under changes that need no training, as columns of small numbers."""
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -24,7 +23,6 @@ from imedsam.training.evaluation import evaluate_masks, floor_metrics
 from imedsam.training.examples import Examples, load_examples
 from imedsam.training.metrics import MetricTable, box_from_mask
 
-TIMED_IMAGES = 8
 OUTSIDE = -20.0  # logit of what is outside for sure
 DIGITS = 5
 
@@ -191,19 +189,6 @@ def field_of(model: IMedSamModel, processor: IMedSamProcessor, example: dict) ->
         embeddings, input_boxes=inputs["input_boxes"], class_labels=labels, reshaped_input_sizes=sizes
     )
     return field, processor.get_image_regions(inputs["original_sizes"], sizes), target
-
-
-@torch.inference_mode()
-def time_per_image(model: IMedSamModel, processor: IMedSamProcessor, examples: Examples) -> float:
-    """Seconds from an image and a box to the mask of the image's own size; the median over a few images."""
-    seconds = []
-    for index in [0, *range(min(TIMED_IMAGES, len(examples)))]:  # the first one, as a warm-up, does not count
-        example = examples[index]
-        started_at = time.perf_counter()
-        field, region, target = field_of(model, processor, example)
-        field.render(target.shape, region).logits.cpu()
-        seconds.append(time.perf_counter() - started_at)
-    return sorted(seconds[1:])[len(seconds[1:]) // 2]
 
 
 def to_columns(table: MetricTable) -> dict[str, list]:

@@ -3,9 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import duplicates
 import fine_field
 import numpy as np
+import one_run
 import pytest
 import report
 import runner
@@ -13,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
 from drawn_folders import disk, make_processor, write_folder
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from one_run import Task, carry_out, refuse_another_recipe
 from PIL import Image
 from runs import Row, Run, Scoring, Table, changes, folds, seeds
@@ -235,7 +239,7 @@ def test_a_run_leaves_its_facts_and_the_scores_of_every_object(done):
     assert facts["run"] == done.run.name and facts["arguments"]["max_train_steps"] == 2
     assert facts["arguments"]["config"]["lora_rank"] == 16 and "output_dir" not in facts["arguments"]
     assert facts["num_images"] == {"train": 4, "validation": 2} and facts["start"].startswith("sam")
-    assert facts["machine"]["cores"] and facts["versions"]["torch"] and facts["seconds_per_image"] > 0
+    assert facts["machine"]["cores"] and facts["versions"]["torch"]
     assert facts["peak_memory"]["process"] > 1e8 and facts["trainable_parameters"]["LoRA"] > 0
     assert len(facts["frequency_ratio"]) == 2
     assert {path.name for path in folder.iterdir()} == {
@@ -345,7 +349,8 @@ def test_tables_are_written_between_the_markers(done, tmp_path, monkeypatch):
     assert "### A table: kvasir_sessile, validation (2 objects)" in text and "kvasir_sessile, test" not in text
     dice = json.loads((done.results / run.name / "kvasir_sessile-validation.json").read_text())["dice"]
     assert f"| merged | 1 | {100 * np.mean(dice):.1f} |" in text
-    assert "| coarse | 1 |" in text and "not there" not in text and "2 steps" in text
+    assert "| coarse | 1 |" in text and "not there |" not in text and "2 steps" in text
+    assert "|\n\nNot scored here: not there.\n\n2 steps" in text
     with Image.open(tmp_path / "images/experiments/small-kvasir_sessile-validation.png") as plot:
         assert plot.width > 300
     report.main()
@@ -424,6 +429,229 @@ def test_seeds_are_averaged_by_object_and_folds_stand_together(tmp_path):
     changed = replace(repeated, objects={"a": {"dice": 0.425}, "b": {"dice": 0.55}})
     interval = report.difference(changed, repeated, "dice", "kvasir_sessile")
     assert (interval.mean, interval.low, interval.high) == pytest.approx((-20, -20, -20))
+
+
+def make_scored(label="", objects=(), start="medical-tiny-sam-384", config=None, square=384, **row):
+    """A row of one run of these (name, Dice, HD) and facts."""
+    method, config = row.pop("method", "imedsam"), {"lora_rank": 16, "ellipse_prior": False, **(config or {})}
+    facts = {
+        "arguments": {
+            "method": method,
+            "config": {} if method.startswith("unet") else config,
+            "seed": 0,
+            "max_train_steps": 9,
+            "num_train_epochs": 3,
+            "mixed_precision": None,
+        },
+        "start": start,
+        "image_size": square,
+        "trainable_parameters": {"LoRA": 1_250_000},
+        "peak_memory": {"process": 1.25e9, "gpu": None},
+        "machine": {"gpu": None, "processor": "a processor"},
+        "side_by_side": 2,
+        "seconds": 60.0,
+        "date": "2026-01-01",
+        "commit": "abc",
+    }
+    values = {name: {"dice": dice, "hd": hd} for name, dice, hd in objects}
+    return report.Scored(Row(label, (Run(),), **row), values, [], [facts])
+
+
+def make_table(scored, **values):
+    rows = tuple(one.row for one in scored)
+    values = {"reference": rows[0].label, "columns": ("dice", "hd"), "compared": ("dice", "hd"), **values}
+    return Table("table", "A table", rows, (("cvc_clinicdb", "test"),), **values)
+
+
+def cells(text):
+    """Of a table in Markdown, by the first cell of the row and the head of the column."""
+    heads, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    return {row[0]: dict(zip(heads[1:], row[1:], strict=True)) for row in rows}
+
+
+# Frames 1 and 2 of CVC-ClinicDB are of one sequence, 26 and 27 of the next one; with HD in whole pixels.
+FRAMES = ("1", "2", "26", "27")
+REFERENCE = make_scored("reference", [(name, 0.5, 20.0) for name in FRAMES])
+BETTER = make_scored("better", zip(FRAMES, (0.5, 0.75, 0.5, 0.75), (20.0, 10.0, 20.0, 10.0), strict=True))
+AGAINST = make_scored("against", [(name, 0.875, 5.0) for name in FRAMES], against="better")
+
+
+def test_what_is_resampled_together_is_not_taken_apart():
+    """The mean is the same in both sequences, and so in every resample of them; it is not in resamples of frames."""
+    interval = report.difference(BETTER, REFERENCE, "dice", "cvc_clinicdb")
+    assert (interval.mean, interval.low, interval.high) == (12.5, 12.5, 12.5)
+    apart = report.difference(BETTER, REFERENCE, "dice", "busi")
+    assert (apart.mean, apart.low < 12.5 < apart.high) == (12.5, True)
+
+
+def test_rows_are_compared_with_the_row_that_they_name():
+    scored = [REFERENCE, BETTER, AGAINST]
+    found = cells(report.markdown(make_table(scored), scored, "cvc_clinicdb", None))
+    assert "Dice, difference" in found["better"] and found["reference"]["Dice, difference"] == ""
+    assert found["better"]["Dice, difference"] == "+12.5 [12.5, 12.5]"
+    assert found["against"]["Dice, difference"] == "+25.0 [25.0, 25.0]"
+    assert found["against"]["HD (px), difference"] == "-10.0 [-10.0, -10.0]"
+    alone = cells(report.markdown(make_table(scored), [REFERENCE, AGAINST], "cvc_clinicdb", None))
+    assert "Dice, difference" not in alone["against"]
+
+
+def test_plotted_differences_are_those_of_the_table():
+    scored = [REFERENCE, BETTER, AGAINST]
+    figure = report.draw_differences(make_table(scored), scored, "cvc_clinicdb")
+    dice, distance = figure.axes
+    assert [axis.containers[0].lines[0].get_xdata().tolist() for axis in (dice, distance)] == [[12.5, 25], [-5, -10]]
+    assert dice.containers[0].lines[0].get_ydata().tolist() == [0, 1] and dice.yaxis_inverted()
+    assert [label.get_text() for label in dice.get_yticklabels()] == ["better", "against\n(to better)"]
+    assert "reference" in figure.get_suptitle()
+
+
+def test_plots_of_differences_can_be_read_and_cut_nothing():
+    distances = {"much worse": 290.0, "worse": 45.0, "little worse": 21.5, "little better": 18.75, "better": 12.0}
+    rows = [make_scored(name, [(frame, hd / 300, hd) for frame in FRAMES]) for name, hd in distances.items()]
+    scored = [REFERENCE, *rows]
+    figure = report.draw_differences(make_table(scored, compared=("dice", "hd", "dice")), scored, "cvc_clinicdb")
+    FigureCanvasAgg(figure).draw()
+    for axis in figure.axes:
+        ticks = axis.get_xticks().tolist()
+        labels = [label.get_window_extent() for label in axis.get_xticklabels() if label.get_text()]
+        assert len(labels) == len(ticks) >= 4 and 0 in ticks
+        assert all(left.x1 < right.x0 for left, right in zip(labels, labels[1:], strict=False))
+        marker = axis.containers[0].lines[0]
+        room = marker.get_markersize() / 2 * figure.dpi / 72
+        frame = axis.get_window_extent()
+        for x, y in axis.transData.transform(np.transpose(marker.get_data()).astype(float)):
+            assert frame.x0 + room < x < frame.x1 - room and frame.y0 + room < y < frame.y1 - room
+    assert max(figure.axes[1].get_xticks()) > 100
+
+
+def test_curves_of_every_compared_metric_stand_side_by_side():
+    scored = [REFERENCE]
+    scored += [
+        make_scored(f"{series} {x}", [(name, 0.5 + x / 1000, 10 * x) for name in FRAMES], x=x, series=series)
+        for series in ("one", "other")
+        for x in (384, 128)
+    ]
+    figure = report.draw_curves(make_table(scored, x="size"), scored, "cvc_clinicdb")
+    dice, distance = figure.axes
+    assert (dice.get_ylabel(), distance.get_ylabel()) == ("Dice", "HD (px)")
+    for axis, expected in ((dice, [62.8, 88.4]), (distance, [1280, 3840])):
+        one, other = (container.lines[0] for container in axis.containers)
+        assert one.get_ydata().tolist() == pytest.approx(expected) == other.get_ydata().tolist()
+        left, right = (np.asarray(line.get_xdata(), dtype=float) for line in (one, other))
+        assert np.round(left).tolist() == np.round(right).tolist() == axis.get_xticks().tolist()
+        assert (right - left > 0.1).all()
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["128", "384"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "other"]
+
+
+@pytest.mark.parametrize(
+    ("peaks", "said"),
+    [
+        ({"process": 2.75e9, "gpu": 8e8}, "0.8 GPU"),
+        ({"process": 1.25e9, "gpu": None}, "1.2 process"),
+        ({"process": None, "gpu": None}, ""),
+        (None, ""),
+    ],
+)
+def test_memory_of_training_says_of_what(peaks, said):
+    one = make_scored()
+    one.facts[0]["peak_memory"] = peaks
+    assert report.cost(one, None) == ["1.25 M", "", said]
+
+
+PIXEL_DECODER = {
+    "pixel_decoder_width": 192,
+    "coarse_widths": [256, 128],
+    "coarse_features": 128,
+    "fine_widths": [128, 128],
+    "ellipse_prior": True,
+}
+MEASURED = {
+    "methods": {
+        "imedsam": {"seconds_per_image": 0.25},
+        "imedsam, pixel decoder": {"seconds_per_image": 0.5},
+        "unet": {"seconds_per_image": 0.125},
+    },
+    "images": "some images",
+    "machine": {"threads": 2, "processor": "another processor"},
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "seconds"),
+    [
+        ({}, "0.25"),
+        ({"config": {"ellipse_prior": True, "lora_rank": 0}, "start": "deit-tiny-sam-384"}, "0.25"),
+        ({"config": PIXEL_DECODER}, "0.50"),
+        ({"method": "unet", "start": "from nothing"}, "0.12"),
+        ({"changes": changes(box_jitter=0.2)}, "0.25"),
+        ({"config": {**PIXEL_DECODER, "pixel_decoder_width": 64}}, ""),
+        ({"config": {"coordinate_octaves": 6}}, ""),
+        ({"method": "convolutional"}, ""),
+        ({"square": 128}, ""),
+        ({"start": "sam-vit-base"}, ""),
+        ({"changes": changes(output_size=128)}, ""),
+    ],
+)
+def test_seconds_are_those_of_the_same_model_when_it_was_timed_alone(values, seconds):
+    one = make_scored(**values)
+    assert report.cost(one, MEASURED)[1] == seconds
+    assert report.cost(one, None)[1] == ""
+    assert ("Seconds are those of [methods.py]" in report.details([one], MEASURED)) == bool(seconds)
+
+
+def test_methods_that_are_timed_are_those_of_the_tables():
+    names = json.loads(report.BENCHMARK.read_text())["methods"]
+    assert {"imedsam", "convolutional", "unet"} <= set(names)
+    assert report.pixel_decoder_config() == {
+        key: PIXEL_DECODER[key] for key in PIXEL_DECODER if key != "ellipse_prior"
+    }
+
+
+def test_details_name_the_commits():
+    scored = [make_scored(), make_scored(), make_scored()]
+    scored[0].facts[0]["commit"] = "123"
+    assert "; 3 runs made from 123 and abc. " in report.details(scored, None)
+    scored[1].facts[0]["commit"] = None
+    del scored[2].facts[0]["commit"]
+    assert "; 3 runs made from 123 (commit not recorded for 2 of them). " in report.details(scored, None)
+    assert "; commits not recorded. " in report.details(scored[1:], None)
+
+
+def test_a_folder_without_results_is_refused(tmp_path, monkeypatch):
+    document = tmp_path / "results.md"
+    document.write_text(before := f"{report.BEGIN}\nold\n{report.END}\n")
+    (tmp_path / "floors").mkdir()
+    monkeypatch.setattr("sys.argv", ["report.py", "--results", str(tmp_path), "--document", str(document)])
+    with pytest.raises(
+        SystemExit, match="Expected results of runs, RUN/run.json each, in .*, got none: give the --resu"
+    ):
+        report.main()
+    assert document.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: report.write_between_markers(path, "new"),
+        lambda path: duplicates.write_pairs(path, [], 44, {}),
+        lambda path: one_run.write_scores(path, {"name": ["a"]}),
+    ],
+)
+def test_files_are_the_old_or_the_new_ones_when_the_process_is_stopped(tmp_path, monkeypatch, write):
+    path = tmp_path / "file"
+    path.write_text(before := f"{report.BEGIN}\nold\n{report.END}\n")
+
+    def stop(self, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write(path)
+    assert path.read_text() == before
+    write(path)
+    assert path.read_text() != before
 
 
 @pytest.mark.slow
