@@ -1,7 +1,9 @@
 """The experiments' runs, their scores, and the tables that are made of them."""
 
+import difflib
 import json
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from drawn_folders import disk, make_processor, write_folder
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from one_run import Task, carry_out, refuse_another_recipe
 from PIL import Image
-from runs import Row, Run, Scoring, Table, changes, folds, seeds
+from runs import DATASETS, RECIPE, STARTS, Row, Run, Scoring, Table, changes, folds, seeds
 from scoring import (
     ModelWithinBox,
     UpsampledModel,
@@ -37,6 +39,7 @@ from imedsam.training.evaluation import evaluate_masks, predict_objects
 from imedsam.training.examples import load_examples
 from imedsam.training.metrics import MetricTable
 
+GOLDEN = Path(__file__).parent / "experiments.txt"
 SMALL = (
     "--max_train_steps 2 --image_size 64 --num_points 200 --evaluation_size 32 --augmentation none --eval_every 1 "
     "--mixed_precision no --config coarse_widths=[32,32] fine_widths=[32,32] coarse_features=16 fine_head_width=16 "
@@ -85,6 +88,38 @@ def test_every_table_compares_with_rows_that_it_has():
         assert set(table.compared) <= set(table.columns)
         for row in table.rows:
             assert bool(row.runs) != bool(row.floor)
+
+
+def describe_experiments() -> str:
+    """The recipe, and of each table's rows the run, its seeds and folds, and how it is scored, a line each."""
+    lines = [f"recipe: {RECIPE}"]
+    lines += [f"start {name}: {folder} {flags}" for name, (folder, flags) in STARTS.items()]
+    lines += [f"data {name}: {flags}".rstrip() for name, flags in DATASETS.items()]
+    for table in runner.load_tables(runner.FILES):
+        parts = ", ".join("/".join(part) for part in table.scored_on)
+        lines += [
+            "",
+            f"{table.name} on {parts}; {table.reference}; {' '.join(table.compared)} of {' '.join(table.columns)}",
+        ]
+        for row in table.rows:
+            repeated = " ".join(
+                f"seed{run.seed}" + ("" if run.fold is None else f"-fold{run.fold}") for run in row.runs
+            )
+            runs = {replace(run, seed=0, fold=None).name.removesuffix("-seed0") for run in row.runs} or {row.floor}
+            how = [Scoring("", "", **dict(row.changes)).name[2:], row.against and f"against {row.against}"]
+            lines.append(
+                "; ".join([f"  {row.label}: {' '.join([*sorted(runs), repeated]).strip()}", *filter(None, how)])
+            )
+    return "\n".join(lines) + "\n"
+
+
+def test_recipe_and_tables_are_those_that_were_meant(tmp_path):
+    """Whoever changes a recipe or a table on purpose copies the file that the message names over the golden one."""
+    expected, got = GOLDEN.read_text(), describe_experiments()
+    new = tmp_path / GOLDEN.name
+    new.write_text(got)
+    changed = [line for line in difflib.ndiff(expected.splitlines(), got.splitlines()) if line[0] in "+-"]
+    assert got == expected, "\n".join([*changed, f"If that is meant: {shlex.join(['cp', str(new), str(GOLDEN)])}"])
 
 
 def test_test_splits_are_scored_only_on_demand():
