@@ -169,8 +169,8 @@ class Table:
         name: of its plots.
         scored_on: (data set, split) each; "test" only if that is asked for.
         reference: the label of the row that the others are compared with.
-        columns: of metrics; the first is plotted.
-        compared: those of them that are compared with the reference's.
+        columns: of metrics.
+        compared: those of them that are compared with the reference's, and plotted.
         x: name of the plot's axis; without one it has a line per row.
         about: a sentence below the title.
     """
