@@ -122,6 +122,26 @@ def test_what_the_metrics_rank():
     assert metrics["retention_auc"] < by_confidence["retention_auc"]
 
 
+PROBABILITY, TARGET = np.array([[0.9, 0.2], [0.1, 0.4]]), np.array([[True, False], [False, False]])
+
+
+@pytest.mark.parametrize(
+    ("probability", "uncertainty", "message"),
+    [
+        (PROBABILITY[:1], None, r"`probability` and `target` must have one shape \(H, W\), got \(1, 2\) and \(2, 2\)"),
+        (PROBABILITY, PROBABILITY.ravel(), r"`uncertainty` and `target` must .*, got \(4,\) and \(2, 2\)"),
+        (100 * PROBABILITY, None, r"in \[0, 1\], got values from 10 to 90: .* a hundredth of percentages"),
+        (PROBABILITY - 0.5, None, r"in \[0, 1\], got values from -0.4 to 0.4: take the sigmoid of logits"),
+        (np.where(TARGET, np.nan, PROBABILITY), None, r"in \[0, 1\], got values from nan to nan"),
+        (PROBABILITY, np.where(TARGET, np.nan, PROBABILITY), "`uncertainty` must .*, got nan at 1 of 4 pixels: leave"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(probability, uncertainty, message):
+    with pytest.raises(ValueError, match=message):
+        calibration_metrics(probability, TARGET, uncertainty)
+    assert calibration_metrics(PROBABILITY, TARGET, PROBABILITY)["brier"] == pytest.approx(0.22 / 4)
+
+
 def test_without_uncertainty_errors_or_target():
     target = box_mask((20, 20), (5, 15), (5, 15))
     ranked = ("uncertainty_auroc", "confidence_auroc", "retention_auc")

@@ -27,7 +27,13 @@ results.append(masks.compute(tolerance=2.0))
 probabilities = evaluate.load(folder, "probabilities")
 arguments = {"predictions": arrays["probability"], "references": arrays["target"]}
 results.append(probabilities.compute(**arguments, uncertainties=arrays["uncertainty"]))
-for call in (lambda: evaluate.load(folder, "logits"), lambda: probabilities.compute(**arguments, uncertainties=[1])):
+percent, cut = evaluate.load(folder, "probabilities"), evaluate.load(folder, "probabilities")
+for call in (
+    lambda: evaluate.load(folder, "logits"),
+    lambda: probabilities.compute(**arguments, uncertainties=[1]),
+    lambda: percent.compute(predictions=100 * arrays["probability"], references=arrays["target"]),
+    lambda: cut.compute(**arguments, uncertainties=arrays["uncertainty"][:, 1:]),
+):
     try:
         call()
     except ValueError as error:
@@ -60,3 +66,5 @@ def test_the_module_loads_offline_and_agrees(tmp_path):
     assert scaled["hd_std"] != 0 and probabilistic["uncertainty_auroc"] != 0.5
     assert 'Expected the configuration "masks" or "probabilities", got \'logits\'' in errors[0]
     assert "Expected 2 uncertainties, got 1" in errors[1]
+    assert "`probability` must be in [0, 1], got values from" in errors[2]
+    assert "`uncertainty` and `target` must have one shape (H, W), got (11, 20) and (12, 20)" in errors[3]

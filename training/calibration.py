@@ -40,7 +40,11 @@ def calibration_metrics(
         probability: (H, W), of the foreground; the mask is where it is above 0.5.
         target: (H, W), boolean.
         uncertainty: (H, W), of any unit.
+
+    Raises:
+        ValueError: if the shapes differ, a probability is not in [0, 1] or an uncertainty is nan.
     """
+    _check_maps(probability, target, uncertainty)
     region = region_around(target)
     probability, target = probability[region].ravel().astype(np.float64), target[region].ravel()
     errors = (probability > 0.5) != target
@@ -125,6 +129,24 @@ def error_retention_curve(uncertainty: np.ndarray, errors: np.ndarray) -> np.nda
         (101,), for the shares 0, 0.01, ..., 1 that are kept.
     """
     return _retention(*_count_from_the_most_certain(uncertainty, errors))
+
+
+def _check_maps(probability: np.ndarray, target: np.ndarray, uncertainty: np.ndarray | None) -> None:
+    for name, values in {"probability": probability, "uncertainty": uncertainty}.items():
+        if values is not None and values.shape != target.shape:
+            raise ValueError(
+                f"`{name}` and `target` must have one shape (H, W), got {values.shape} and {target.shape}."
+            )
+    if not ((probability >= 0) & (probability <= 1)).all():  # nor is nan
+        raise ValueError(
+            f"`probability` must be in [0, 1], got values from {probability.min():g} to {probability.max():g}: "
+            "take the sigmoid of logits, and a hundredth of percentages."
+        )
+    if uncertainty is not None and np.isnan(uncertainty).any():
+        raise ValueError(
+            f"`uncertainty` must be a number everywhere, got nan at {np.isnan(uncertainty).sum()} of "
+            f"{uncertainty.size} pixels: leave it out if there is none."
+        )
 
 
 def _count_from_the_most_certain(uncertainty, errors):
