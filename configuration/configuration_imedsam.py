@@ -295,6 +295,11 @@ class IMedSamConfig(PreTrainedConfig):
             raise ValueError(
                 f"Expected pixel_decoder_width as a positive multiple of 4, got {width}: for none use None."
             )
+        if self.pixel_decoder_width is not None and not self.implicit_decoder:
+            raise ValueError(
+                f"Expected no pixel_decoder_width with implicit_decoder=False, got {self.pixel_decoder_width}: "
+                "SAM's mask decoder has no fields to feed. Leave one of the two out."
+            )
         for name in ("coarse_widths", "fine_widths"):
             if len(getattr(self, name)) == 0 or min(getattr(self, name)) < 1:
                 raise ValueError(f"Expected {name} to hold positive layer widths, got {list(getattr(self, name))}.")

@@ -76,6 +76,10 @@ REFUSED = [
     ({"coarse_widths": []}, r"coarse_widths to hold positive layer widths, got \[\]"),
     ({"pixel_decoder_width": 0}, "pixel_decoder_width as a positive multiple of 4, got 0: for none use None"),
     ({"pixel_decoder_width": 30}, "pixel_decoder_width as a positive multiple of 4, got 30"),
+    (
+        {"pixel_decoder_width": 192, "implicit_decoder": False},
+        "no pixel_decoder_width with implicit_decoder=False, got 192: .* Leave one of the two out",
+    ),
     ({"fine_widths": [8, 0]}, r"fine_widths to hold positive layer widths, got \[8, 0\]"),
 ]
 
