@@ -13,11 +13,11 @@ from drawn_folders import disk, make_processor, write_folder
 from PIL import Image
 from typer.testing import CliRunner
 
-from imedsam.training import evaluation_report
+from imedsam.training import evaluation_plots, evaluation_report
 from imedsam.training.cli import app
 from imedsam.training.evaluation import evaluate_masks, floor_metrics
 from imedsam.training.evaluation_plots import draw_cases
-from imedsam.training.evaluation_report import method_names, share_of_images
+from imedsam.training.evaluation_report import MethodScores, Setting, method_names, share_of_images
 from imedsam.training.evaluation_tables import csv_table
 from imedsam.training.examples import load_examples
 from imedsam.training.intervals import mean_interval, paired_bootstrap
@@ -278,3 +278,16 @@ def test_data_of_other_classes_or_without_objects_are_refused(models, label_fold
 
 def test_csv_leaves_missing_values_empty():
     assert csv_table([{"a": 1, "b": float("nan")}, {"a": "x, y", "b": None}]) == 'a,b\n1,\n"x, y",\n'
+
+
+def test_the_calibration_plot_says_whose_error_it_names(tmp_path, monkeypatch):
+    figures, make = [], evaluation_plots._figure
+    monkeypatch.setattr(
+        evaluation_plots, "_figure", lambda *args, **sizes: figures.append(make(*args, **sizes)) or figures[0]
+    )
+    scores = MethodScores(curves=[{"reliability": np.array([[0.2, 1.8], [0.0, 2.0], [2.0, 2.0]])}])
+    for name, error in {"a": 0.1, "b": 0.2}.items():
+        scores.table.add(name, {"ece": error})
+    evaluation_plots.plot_calibration([Setting(None, 0.0, {"model": scores})], tmp_path / "calibration.png")
+    legend = figures[0][1][0, 0].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["calibrated", "model, mean ECE per object 15.0 %"]

@@ -330,6 +330,14 @@ def test_outline_and_overlay_by_hand():
     assert (picture[2, 2] == np.round(0.28 * np.array((255, 196, 0)))).all()
 
 
+def test_boxes_are_as_thick_as_outlines():
+    """A two-hundredth of the image's side, inward."""
+    masks = np.zeros((1, 600, 800), dtype=bool)
+    drawn = np.asarray(overlay(Image.new("L", (800, 600)), masks, [(100, 200, 300, 400)]))[..., 0] == 255
+    np.testing.assert_array_equal(np.flatnonzero(drawn[300]), [100, 101, 102, 297, 298, 299])
+    np.testing.assert_array_equal(np.flatnonzero(drawn[:, 150]), [200, 201, 202, 397, 398, 399])
+
+
 def test_uncertainty_picture_spans_black_to_white():
     picture = np.asarray(uncertainty_picture(np.array([[0.0, 0.25], [0.0625, 1.0]])))
     np.testing.assert_array_equal(picture, [[0, 255], [128, 255]])

@@ -41,7 +41,10 @@ def plot_boxes(settings: Sequence[Setting], unit: str, path: Path) -> None:
 
 
 def plot_calibration(settings: Sequence[Setting], path: Path) -> None:
-    """Share of foreground against probability, over the pixels around all objects: a panel per setting."""
+    """
+    Share of foreground against probability, over the pixels around all objects: a panel per setting. The ECE beside it
+    is the tables', the mean over the objects' own.
+    """
     figure, axes = _figure(1, len(settings), width=4, height=4)
     for axis, setting in zip(axes[0], settings, strict=True):
         axis.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
@@ -55,7 +58,7 @@ def plot_calibration(settings: Sequence[Setting], path: Path) -> None:
                 predicted[filled] / counts[filled],
                 observed[filled] / counts[filled],
                 marker=".",
-                label=f"{name}, ECE {100 * ece:.1f} %",
+                label=f"{name}, mean ECE per object {100 * ece:.1f} %",
             )
         axis.set(xlabel="probability", ylabel="share of foreground", xlim=(0, 1), ylim=(0, 1))
         axis.set_title(setting.title, fontsize=9)

@@ -48,7 +48,7 @@ def markdown_report(report: Mapping) -> str:
         if classes:
             parts.append(_means(classes, MAIN_COLUMNS, "per class, mean ± std", intervals=False))
         parts += [_differences(setting["comparisons"], keys) for keys in (MAIN_COLUMNS, FURTHER_COLUMNS)]
-    return "\n".join([*parts, PICTURES])
+    return "\n".join([*parts, PICTURES.format(model=report["model"], setting=report["settings"][0]["title"])])
 
 
 INTRODUCTION = """{num_images} images of `{split}` in `{data}`, prompted with a box per object. Distances are in
@@ -61,7 +61,7 @@ PICTURES = """## Pictures
 ![Calibration](calibration.png)
 ![Error retention](retention.png)
 
-The worst cases by Dice:
+The worst cases of `{model}` by Dice ({setting}):
 
 ![Worst cases](worst.png)
 

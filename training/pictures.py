@@ -25,17 +25,17 @@ def overlay(
         curves: the masks' outlines, of (N, 2) points in the same frame; by default pixels along the edge.
     """
     height, width = masks.shape[-2:]
+    thickness = max(1, round(min(height, width) / 200))
     canvas = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
     for index, mask in enumerate(masks):
         colour = np.array(MASK_COLOURS[index % len(MASK_COLOURS)], dtype=np.float32)
         canvas = np.where(mask[..., None], 0.72 * canvas + 0.28 * colour, canvas)
-        thickness = max(1, round(min(height, width) / 200))
         edge = outline(mask, thickness) if curves is None else draw_curves(curves[index], (height, width), thickness)
         canvas += edge[..., None] * (colour - canvas)
     picture = Image.fromarray(canvas.round().astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     for x0, y0, x1, y1 in boxes:
-        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=(255, 255, 255))
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=(255, 255, 255), width=thickness)
     return picture
 
 
