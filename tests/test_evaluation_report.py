@@ -252,8 +252,7 @@ def test_names_of_methods(tmp_path):
         ("--sizes native,big", "Expected --sizes as numbers of pixels"),
         ("--box-jitter 0.7", "Expected --box-jitter as shares in"),
         ("--box-jitter many", "got 'many'"),
-        ("--split holdout", "Expected split to be one of train, validation, test, got 'holdout'"),
-        ("--spacing 0 1", "must be two positive numbers"),
+        ("--split holdout", "Expected split to be one of train, validation, test, all, got 'holdout'"),
         ("--tolerance -1", "must be a distance from 0 on"),
         ("--num-images 0", "Expected num_images of 1 or more"),
         ("--mode fast", "'fast' is not one of 'exact', 'adaptive'"),
@@ -291,3 +290,30 @@ def test_the_calibration_plot_says_whose_error_it_names(tmp_path, monkeypatch):
     evaluation_plots.plot_calibration([Setting(None, 0.0, {"model": scores})], tmp_path / "calibration.png")
     legend = figures[0][1][0, 0].get_legend().get_texts()
     assert [text.get_text() for text in legend] == ["calibrated", "model, mean ECE per object 15.0 %"]
+@pytest.fixture
+def evaluated_examples(models, tmp_path, monkeypatch):
+    """`evaluated_examples(data, **options)`: what a model is evaluated on, without a report."""
+    written = []
+    monkeypatch.setattr(evaluation_report, "write_folder", lambda *args: written.append(args[2].examples))
+
+    def evaluated(data, **options):
+        evaluation_report.evaluate_to_folder(str(models[0]), str(data), tmp_path / "report", **options)
+        return written.pop()
+
+    return evaluated
+
+
+@pytest.mark.parametrize(("sizes", "drawn"), [([None], 256), ([64], 256), ([64, 280, None], 280)])
+def test_phantoms_are_drawn_at_the_largest_size(evaluated_examples, sizes, drawn):
+    examples = evaluated_examples("phantoms:ultrasound", sizes=sizes, num_images=1)
+    expected = load_examples("phantoms:ultrasound", "test", num_images=1, image_size=drawn)
+    np.testing.assert_array_equal(examples[0]["mask"], expected[0]["mask"])
+
+
+def test_splits_of_a_folder_without_any(evaluated_examples, folder):
+    names = {seed: load_examples(str(folder), "test", seed=seed).names for seed in range(4)}
+    seed = next(seed for seed in names if names[seed] != names[0])
+    assert evaluated_examples(folder, seed=seed).names == names[seed]
+    assert evaluated_examples(folder, split="all").names == list("abcde")
+
+

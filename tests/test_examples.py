@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from datasets import DatasetDict
 from drawn_folders import disk, write_folder
 from PIL import Image
 
@@ -22,6 +23,32 @@ def test_a_folder_without_splits_is_split_60_20_20(folder):
     assert sorted(sum(names.values(), [])) == list("abcde")
     assert names["train"] == load_examples(str(folder), "train").names
     assert any(load_examples(str(folder), "train", seed=seed).names != names["train"] for seed in range(1, 6))
+
+
+def test_a_random_split_is_told_once(folder, caplog):
+    with caplog.at_level("WARNING", logger="imedsam"):
+        load_examples(str(folder), "all")
+        assert not caplog.text
+        for split in ("train", "validation", "test"):
+            load_examples(str(folder), split, seed=3)
+    assert caplog.text.count("WARNING") == 1
+    assert f"Splitting {folder} at random, 60:20:20 by seed 3, as it has no splits of its own" in caplog.text
+
+
+def test_all_of_a_data_set(folder, tmp_path):
+    (folder / "groups.json").write_text(json.dumps(GROUPS))
+    (folder / "splits.json").write_text(json.dumps({"train": ["a"], "test": ["d"]}))
+    whole = load_examples(str(folder), "all")
+    assert (whole.names, whole.groups) == (list("abcde"), list(GROUPS.values()))
+    rows = phantoms_dataset("train", 5, size=32)
+    rows.save_to_disk(tmp_path / "rows")
+    splits = {"train": rows.select([3, 0]), "val": rows.select([1])}
+    DatasetDict(splits).save_to_disk(tmp_path / "splits")
+    names = rows["name"][:]
+    assert load_examples(str(tmp_path / "rows"), "all").names == names
+    assert load_examples(str(tmp_path / "splits"), "all").names == [names[3], names[0], names[1]]
+    with pytest.raises(ValueError, match="train, validation, test for phantoms, got 'all': there is no end of them"):
+        load_examples("phantoms", "all")
 
 
 def test_groups_stay_together_in_a_random_split(folder):

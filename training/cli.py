@@ -118,9 +118,13 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Folder or Hub name of a trained model.")],
     data: Annotated[str, typer.Option(help='Folder with images/ and masks/, a data set, or "phantoms".')],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")],
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="train, validation, test, or all of a folder or data set.")] = "test",
     sizes: Annotated[
-        str, typer.Option(help='Sides of the squares that masks are compared on, such as "128,384,native".')
+        str,
+        typer.Option(
+            help='Sides of the squares that masks are compared on, such as "128,384,native"; phantoms are drawn at '
+            "the largest, or at 256 if that is more."
+        ),
     ] = "native",
     box_jitter: Annotated[
         str, typer.Option(help='Shares of a box\'s width and height by which its sides move, such as "0,0.05".')

@@ -30,7 +30,7 @@ from imedsam.training.evaluation import (
 )
 from imedsam.training.evaluation_plots import Case, draw_cases, plot_boxes, plot_calibration, plot_retention
 from imedsam.training.evaluation_tables import comparison_table, csv_table, markdown_report, summary_table
-from imedsam.training.examples import Examples, load_examples
+from imedsam.training.examples import PHANTOM_SIZE, Examples, load_examples
 from imedsam.training.intervals import mean_interval, paired_bootstrap
 from imedsam.training.metrics import MetricTable
 from imedsam.training.report import provenance, write_atomically, write_json
@@ -129,7 +129,9 @@ def evaluate_to_folder(
         model: folder or Hub name.
         data: as `load_examples` takes it.
         output: folder, where metrics.json is written last, and so is the sign of a finished evaluation.
-        sizes: sides of the squares that masks are compared on; None is each image's own size.
+        split: as `load_examples` takes it; "all" for the whole of a folder or data set.
+        sizes: sides of the squares that masks are compared on; None is each image's own size. Phantoms are drawn at
+            the largest of them, where their masks are then exact, or at 256 if that is more.
         box_jitters: shares of a box's width and height by which its sides move; 0 prompts with the exact boxes.
         spacing: (height, width) of an image's pixel in millimetres, for distances in millimetres.
         tolerance: of the surface Dice, in millimetres, or in pixels if there is no spacing.
@@ -146,7 +148,14 @@ def evaluate_to_folder(
     names = method_names(model, compare)
     pipelines = {name: load_pipeline(path, state.device) for name, path in names.items()}
     num_classes = next(iter(pipelines.values())).model.config.num_labels
-    examples = load_examples(data, split, seed=seed, num_images=num_images, num_classes=num_classes)
+    examples = load_examples(
+        data,
+        split,
+        seed=seed,
+        num_images=num_images,
+        image_size=max([PHANTOM_SIZE, *(size for size in sizes if size is not None)]),
+        num_classes=num_classes,
+    )
     for name, pipeline in pipelines.items():
         check_classes(pipeline, examples, name)
     protocol = Protocol(examples, spacing, tolerance, mode, seed, batch_size)

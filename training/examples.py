@@ -11,6 +11,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SPLITS = ("train", "validation", "test")
+PHANTOM_SIZE = 256
 VALIDATION_NAMES = ("val", "valid")
 SPLIT_SHARES = (0.6, 0.2, 0.2)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
@@ -95,7 +96,7 @@ def load_examples(
     seed: int = 0,
     labels: Mapping[int, str] | None = None,
     num_images: int | None = None,
-    image_size: int = 256,
+    image_size: int = PHANTOM_SIZE,
     num_classes: int = 1,
 ) -> Examples:
     """
@@ -108,6 +109,8 @@ def load_examples(
             `datasets` library, saved in a folder or named, with the columns `image` and `mask`, `label` or
             `annotation`.
         split: "train", "validation" or "test". What has no splits is split 60:20:20, by `seed`; groups stay together.
+            "all" is every image of a folder, or every split of a data set: to evaluate on what nothing was trained on.
+            Phantoms have no such split.
         labels: the names of the masks' values, for label maps without a `labels.json`.
         num_images: at most this many, at least 1; the number to draw of phantoms (20 by default).
         image_size: of phantoms, in pixels.
@@ -118,12 +121,16 @@ def load_examples(
         ValueError: an unknown or empty split, an image or a group in two splits, an image without a group, a missing
             column, labels that name no classes.
     """
-    if split not in SPLITS:
-        raise ValueError(f"Expected split to be one of {', '.join(SPLITS)}, got {split!r}.")
+    if split not in (*SPLITS, "all"):
+        raise ValueError(f"Expected split to be one of {', '.join(SPLITS)}, all, got {split!r}.")
     if num_images is not None and num_images < 1:
         raise ValueError(f"Expected num_images of 1 or more, got {num_images}: leave it out for all images.")
     name, _, kind = dataset.partition(":")
     if name == "phantoms":
+        if split == "all":
+            raise ValueError(
+                f"Expected split to be one of {', '.join(SPLITS)} for phantoms, got 'all': there is no end of them."
+            )
         examples = _load_phantoms(
             split, 20 if num_images is None else num_images, seed, image_size, num_classes, kind or None
         )
@@ -151,7 +158,9 @@ def _load_phantoms(split, num_images, seed, size, num_classes, kind):
 def _load_folder(folder, split, seed, labels):
     images = images_by_name(folder / "images")
     groups = _read_groups(folder / "groups.json", images) if (folder / "groups.json").exists() else None
-    if (folder / "splits.json").exists():
+    if split == "all":
+        names = list(images)
+    elif (folder / "splits.json").exists():
         splits = _read_splits(folder / "splits.json")
         _check_splits_are_disjoint(splits, folder / "splits.json")
         if groups is not None:
@@ -160,7 +169,7 @@ def _load_folder(folder, split, seed, labels):
         names = _pick_split(splits, split, folder / "splits.json")
     else:
         of_images = None if groups is None else [groups[name] for name in images]
-        names = _split_in_three(list(images), seed, of_images)[split]
+        names = _draw_split(list(images), split, seed, folder, of_images)
     if labels is None and (folder / "labels.json").exists():
         labels = read_labels(folder / "labels.json")
     files = []
@@ -306,11 +315,17 @@ def _load_datasets(dataset, split, seed, labels):
                 f"Expected {dataset} to be a folder, or a data set that the `datasets` library finds by its name, got "
                 f"neither: {error}"
             ) from error
-    if isinstance(loaded, datasets.DatasetDict) and set(loaded) != {"train"}:
+    if split == "all":
+        rows = (
+            datasets.concatenate_datasets(list(loaded.values()))
+            if isinstance(loaded, datasets.DatasetDict)
+            else loaded
+        )
+    elif isinstance(loaded, datasets.DatasetDict) and set(loaded) != {"train"}:
         rows = _pick_split(loaded, split, dataset)
     else:
         rows = loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
-        rows = rows.select(_split_in_three(range(len(rows)), seed)[split])
+        rows = rows.select(_draw_split(range(len(rows)), split, seed, dataset))
     mask = next((column for column in MASK_COLUMNS if column in rows.column_names), None)
     if "image" not in rows.column_names or mask is None:
         raise ValueError(
@@ -336,6 +351,14 @@ def _pick_split(splits, split, where):
         if name in splits:
             return splits[name]
     raise ValueError(f"Expected a {split} split in {where}, got {', '.join(splits)}.")
+
+
+def _draw_split(items, split, seed, where, groups=None):
+    logger.warning_once(
+        f"Splitting {where} at random, 60:20:20 by seed {seed}, as it has no splits of its own: `imedsam evaluate "
+        "--split all` scores all of its images."
+    )
+    return _split_in_three(items, seed, groups)[split]
 
 
 def _split_in_three(items, seed, groups=None):
