@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,8 +244,9 @@ def test_names_of_methods(tmp_path):
     assert method_names("runs/a", None) == {"a": "runs/a"}
     assert method_names("runs/a", "runs/b/") == {"a": "runs/a", "b": "runs/b/"}
     assert method_names("one/best", "two/best") == {"one/best": "one/best", "two/best": "two/best"}
-    with pytest.raises(ValueError, match="Expected another model to compare with, got 'a' twice"):
-        method_names("a", "a")
+    for same in ("a", "a/", str(Path("a").resolve())):
+        with pytest.raises(ValueError, match=f"model to compare with, got 'a' and '{same}': they are the same"):
+            method_names("a", same)
 
 
 @pytest.mark.parametrize(
@@ -284,15 +287,45 @@ def test_the_calibration_plot_says_whose_error_it_names(tmp_path, monkeypatch):
     monkeypatch.setattr(
         evaluation_plots, "_figure", lambda *args, **sizes: figures.append(make(*args, **sizes)) or figures[0]
     )
+        ("--spacing 0 1", "Expected --spacing as a positive width and height, got (0.0, 1.0)"),
+        ("--compare /no/model", "Expected --compare to be a folder or a name on the Hub such as user/model, got '/no"),
+        ("--model /no/model", "Expected --model to be a folder or a name on the Hub such as user/model, got '/no"),
     scores = MethodScores(curves=[{"reliability": np.array([[0.2, 1.8], [0.0, 2.0], [2.0, 2.0]])}])
     for name, error in {"a": 0.1, "b": 0.2}.items():
         scores.table.add(name, {"ece": error})
     evaluation_plots.plot_calibration([Setting(None, 0.0, {"model": scores})], tmp_path / "calibration.png")
+    monkeypatch.setattr(evaluation_report, "predict_objects", None)  # before anything is predicted
     legend = figures[0][1][0, 0].get_legend().get_texts()
     assert [text.get_text() for text in legend] == ["calibrated", "model, mean ECE per object 15.0 %"]
 @pytest.fixture
 def evaluated_examples(models, tmp_path, monkeypatch):
     """`evaluated_examples(data, **options)`: what a model is evaluated on, without a report."""
+def test_wrong_arguments_are_refused_before_the_work(models, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation_report, "load_pipeline", None)
+    with pytest.raises(ValueError, match=r"two positive numbers \(height, width\), got \(1.0, 0.0\)"):
+        evaluation_report.evaluate_to_folder(
+            str(models[0]), str(data), tmp_path / "report", spacing=(np.float64(1), 0)
+        )
+    (tmp_path / "report").write_text("a file")
+    with pytest.raises(ValueError, match="Expected a folder for the report, got the file .*report: name another one"):
+        evaluation_report.evaluate_to_folder(str(models[0]), str(data), tmp_path / "report")
+
+
+@pytest.mark.parametrize("flag", ["--model", "--compare"])
+def test_a_configuration_of_another_version_is_named(models, data, tmp_path, monkeypatch, flag):
+    monkeypatch.setenv("COLUMNS", "1000")
+    shutil.copytree(models[0], tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    for values, message in (
+        ({"lora_rnak": 4}, "Unknown configuration key 'lora_rnak'"),
+        ({"dropout": "0"}, "dropout"),
+    ):
+        (tmp_path / "other/config.json").write_text(json.dumps({**config, **values}))
+        result = evaluate("--model", models[0], "--data", data, "-o", tmp_path / "report", flag, tmp_path / "other")
+        assert result.exit_code == 2 and message in result.output
+        assert f"Expected a configuration of this version in {tmp_path / 'other'}/config.json" in result.output
+
+
     written = []
     monkeypatch.setattr(evaluation_report, "write_folder", lambda *args: written.append(args[2].examples))
 

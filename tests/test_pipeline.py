@@ -390,6 +390,17 @@ def test_predict_names_a_damaged_checkpoint(folder, image, tmp_path, monkeypatch
     assert "got a damaged one" in result.output and str(tmp_path / "damaged") in result.output
 
 
+def test_predict_names_a_configuration_of_another_version(folder, image, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    image.save(tmp_path / "a.png")
+    shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "lora_rnak": 4}))
+    result = run("--model", tmp_path / "other", "--image", tmp_path / "a.png", "--box", *BOX, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "Unknown configuration key 'lora_rnak'" in result.output
+    assert f"Expected a configuration of this version in {tmp_path / 'other'}/config.json" in result.output
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_predict_refuses_a_device_that_is_not_there(folder, image, tmp_path):
     image.save(tmp_path / "a.png")

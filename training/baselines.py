@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
 from imedsam.modeling_imedsam import IMedSamModel
@@ -51,9 +52,19 @@ def load_model(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) 
 def load_pipeline(
     pretrained_model_name_or_path: str | os.PathLike, device: str | torch.device = "cpu"
 ) -> IMedSamPipeline:
-    """`IMedSamPipeline.from_pretrained` for I-MedSAM or a baseline."""
+    """
+    `IMedSamPipeline.from_pretrained` for I-MedSAM or a baseline.
+
+    Raises:
+        ValueError: a checkpoint of another kind, or whose configuration has unknown keys or values of a wrong type.
+    """
     model_class = find_model_class(pretrained_model_name_or_path) or IMedSamModel
-    return IMedSamPipeline.from_pretrained(pretrained_model_name_or_path, device, model_class=model_class)
+    try:
+        return IMedSamPipeline.from_pretrained(pretrained_model_name_or_path, device, model_class=model_class)
+    except (TypeError, StrictDataclassError) as error:
+        raise ValueError(
+            f"Expected a configuration of this version in {pretrained_model_name_or_path}/config.json, got: {error}"
+        ) from error
 
 
 def find_model_class(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> type[IMedSamModel] | None:

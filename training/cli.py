@@ -82,10 +82,7 @@ def predict(
     try:
         images = find_images(image)
         prompts = read_boxes(boxes, images) if boxes is not None else {path: [box] for path in images if box}
-        if not Path(model).exists() and (model.count("/") != 1 or model.startswith((".", "/"))):
-            raise ValueError(
-                f"Expected --model to be a folder or a name on the Hub such as user/model, got {model!r}."
-            )
+        check_model_name("--model", model)
         pipeline = load_pipeline(model, device)
         classes = pipeline.model.config.label2id
         if class_name is not None and class_name not in classes:
@@ -111,6 +108,14 @@ def predict(
         for mask in result["masks"]:
             typer.echo(f"{name}: {mask['area']} pixels, score {mask['score']:.3f}")
     typer.echo(f"Masks, pictures and report.json are in {output}.")
+
+
+def check_model_name(flag: str, model: str) -> None:
+    """Without asking the Hub for what cannot be there."""
+    if not Path(model).exists() and (model.count("/") != 1 or model.startswith((".", "/"))):
+        raise typer.BadParameter(
+            f"Expected {flag} to be a folder or a name on the Hub such as user/model, got {model!r}."
+        )
 
 
 @app.command()
@@ -149,6 +154,11 @@ def evaluate(
 
     from imedsam.training.evaluation_report import evaluate_to_folder
 
+    check_model_name("--model", model)
+    if compare is not None:
+        check_model_name("--compare", compare)
+    if spacing is not None and not all(length > 0 for length in spacing):
+        raise typer.BadParameter(f"Expected --spacing as a positive width and height, got {spacing}.")
     try:
         report = evaluate_to_folder(
             model,

@@ -32,7 +32,7 @@ from imedsam.training.evaluation_plots import Case, draw_cases, plot_boxes, plot
 from imedsam.training.evaluation_tables import comparison_table, csv_table, markdown_report, summary_table
 from imedsam.training.examples import PHANTOM_SIZE, Examples, load_examples
 from imedsam.training.intervals import mean_interval, paired_bootstrap
-from imedsam.training.metrics import MetricTable
+from imedsam.training.metrics import MetricTable, check_distances
 from imedsam.training.report import provenance, write_atomically, write_json
 
 NUM_CASES = 6
@@ -143,7 +143,14 @@ def evaluate_to_folder(
 
     Returns:
         What metrics.json holds; nothing in processes other than the first.
+
+    Raises:
+        ValueError: before anything is evaluated, an `output` that is a file, a spacing that is not positive, a
+            negative tolerance, the same model twice, or data with other classes; and data without an object.
     """
+    check_distances((1.0, 1.0) if spacing is None else spacing, tolerance)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"Expected a folder for the report, got the file {output}: name another one.")
     state = PartialState(cpu=device == "cpu")
     names = method_names(model, compare)
     pipelines = {name: load_pipeline(path, state.device) for name, path in names.items()}
@@ -158,6 +165,7 @@ def evaluate_to_folder(
     )
     for name, pipeline in pipelines.items():
         check_classes(pipeline, examples, name)
+    output.mkdir(parents=True, exist_ok=True)
     protocol = Protocol(examples, spacing, tolerance, mode, seed, batch_size)
     settings = [Setting(size, jitter) for size, jitter in product(sizes, box_jitters)]
     for setting in settings:
@@ -189,11 +197,11 @@ def evaluate_to_folder(
 
 def method_names(model: str, compare: str | None) -> dict[str, str]:
     """What the tables call each model: the last part of its path, or the whole path where that is not enough."""
+    if compare is not None and Path(model).resolve() == Path(compare).resolve():
+        raise ValueError(f"Expected another model to compare with, got {model!r} and {compare!r}: they are the same.")
     paths = [model] if compare is None else [model, compare]
     short = [Path(path).resolve().name for path in paths]
     names = short if len({*short, *FLOORS}) == len(short) + len(FLOORS) else paths
-    if len(set(names)) < len(names):
-        raise ValueError(f"Expected another model to compare with, got {model!r} twice.")
     return dict(zip(names, paths, strict=True))
 
 
@@ -220,7 +228,6 @@ def write_folder(
     pipelines: dict[str, IMedSamPipeline],
 ) -> None:
     """Tables, plots and pictures of what `report` says, and then metrics.json."""
-    output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.json").unlink(missing_ok=True)
     write_atomically(output / "report.md", markdown_report(report))
     write_atomically(output / "summary.csv", csv_table(summary_table(report)))

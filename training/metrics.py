@@ -81,8 +81,7 @@ def surface_metrics(
         ValueError: if the shapes differ or are not (H, W), a spacing is not positive or the tolerance negative.
         TypeError: if a mask is not boolean.
     """
-    if not tolerance >= 0:
-        raise ValueError(f"`tolerance` must be a distance from 0 on, got {tolerance}.")
+    check_distances(spacing, tolerance)
     distances, _ = _surface_distances(prediction, target, spacing)
     if distances is None:
         worst = _distance_without_boundary(prediction, target, spacing)
@@ -230,8 +229,7 @@ def _surface_distances(prediction, target, spacing, between_pixels=False):
     empty; and, where boundaries run between pixels, the length that each of their elements stands for.
     """
     _check_masks(prediction, target)
-    if len(spacing) != 2 or not min(spacing) > 0:
-        raise ValueError(f"`spacing` must be two positive numbers (row, column), got {spacing}.")
+    check_distances(spacing)
     if not (prediction.any() and target.any()):
         return None, None
 
@@ -254,6 +252,18 @@ def _surface_distances(prediction, target, spacing, between_pixels=False):
 
 def _distance_without_boundary(prediction, target, spacing):
     return float(np.hypot(*np.multiply(target.shape, spacing))) if prediction.any() or target.any() else 0.0
+
+
+def check_distances(spacing: Sequence[float], tolerance: float = 0.0) -> None:
+    """
+    Raises:
+        ValueError: a spacing (height, width) that is not positive, or a negative tolerance.
+    """
+    if len(spacing) != 2 or not all(length > 0 for length in spacing):
+        got = tuple(float(length) for length in spacing)
+        raise ValueError(f"`spacing` must be two positive numbers (height, width), got {got}.")
+    if not tolerance >= 0:
+        raise ValueError(f"`tolerance` must be a distance from 0 on, got {tolerance}.")
 
 
 def _check_masks(prediction: np.ndarray, target: np.ndarray) -> None:
