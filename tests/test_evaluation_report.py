@@ -17,12 +17,14 @@ from typer.testing import CliRunner
 
 from imedsam.training import evaluation_plots, evaluation_report
 from imedsam.training.cli import app
-from imedsam.training.evaluation import evaluate_masks, floor_metrics
+from imedsam.training.data import jitter_box
+from imedsam.training.evaluation import evaluate_masks, floor_metrics, get_objects
 from imedsam.training.evaluation_plots import draw_cases
 from imedsam.training.evaluation_report import MethodScores, Setting, method_names, share_of_images
 from imedsam.training.evaluation_tables import csv_table
 from imedsam.training.examples import load_examples
 from imedsam.training.intervals import mean_interval, paired_bootstrap
+from imedsam.training.metrics import box_from_mask
 
 FILES = {"metrics.json", "report.md", "summary.csv", "comparisons.csv", "objects.csv"}
 FILES |= {f"{name}.png" for name in ("boxes", "calibration", "retention", "best", "worst")}
@@ -81,6 +83,7 @@ def strictly(path):
 def report(models, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("evaluation") / "report"
     flags = ["--model", models[0], "--compare", models[1], "--data", data, "-o", output]
+    flags += ["--seed", 3, "--tolerance", 3]
     result = evaluate(*flags, "--sizes", "native,24", "--box-jitter", "0.1", "--spacing", 0.5, 2)
     assert result.exit_code == 0, result.output
     assert "native size, boxes jittered by 10 %\n  model-0: Dice" in result.output
@@ -105,7 +108,7 @@ def test_the_numbers_are_those_of_evaluate_masks(report, models, data):
     assert list(settings) == [(None, 0.1), (24, 0.1)]
     setting = settings[24, 0.1]
     assert list(setting["methods"]) == ["model-0", "model-1", "filled box", "inscribed ellipse"]
-    options = {"output_size": 24, "box_jitter": 0.1, "spacing": (2, 0.5)}
+    options = {"output_size": 24, "box_jitter": 0.1, "spacing": (2, 0.5), "seed": 3, "tolerance": 3}
     tables = floor_metrics(examples, **options)
     for model in models:
         pipeline = evaluation_report.load_pipeline(str(model), "cpu")
@@ -120,12 +123,13 @@ def test_the_numbers_are_those_of_evaluate_masks(report, models, data):
             values = [row[key] for row in summary["objects"] if row[key] is not None]
             np.testing.assert_allclose(values, table.column(key)[~np.isnan(table.column(key))], rtol=1e-5, atol=1e-7)
     dice = {name: [row["dice"] for row in summary["objects"]] for name, summary in setting["methods"].items()}
-    low, high = setting["methods"]["model-0"]["interval"]["dice"]
-    assert (low, high) == pytest.approx((mean_interval(dice["model-0"]).low, mean_interval(dice["model-0"]).high))
+    for key in ("dice", "iou", "hd", "asd", "nsd", "ece", "brier"):
+        interval = mean_interval([row[key] for row in setting["methods"]["model-0"]["objects"]], seed=3)
+        assert setting["methods"]["model-0"]["interval"][key] == pytest.approx([interval.low, interval.high])
     compared = [row for row in setting["comparisons"] if row["metric"] == "dice"]
     assert [row["against"] for row in compared] == ["model-1", "filled box", "inscribed ellipse"]
     for row in compared:
-        expected = paired_bootstrap(dice["model-0"], dice[row["against"]])
+        expected = paired_bootstrap(dice["model-0"], dice[row["against"]], seed=3)
         assert (row["mean"], row["low"], row["high"]) == pytest.approx((expected.mean, expected.low, expected.high))
 
 
@@ -156,7 +160,8 @@ def test_the_tables(report):
     mean, std = (100 * summary[part]["dice"] for part in ("mean", "std"))
     low, high = (100 * bound for bound in summary["interval"]["dice"])
     assert f"| model-0 | 4 | {mean:.1f} ± {std:.1f} [{low:.1f}, {high:.1f}] |" in text
-    assert "Distances are in\nmillimetres, NSD has a tolerance of 1 mm" in text and "nan" not in text
+    assert "Distances are in\nmillimetres, NSD has a tolerance of 3 mm" in text and "nan" not in text
+    assert "model-0` by Dice (native size, boxes jittered by 10 %):\n\n![Worst cases](worst.png)" in text
     rows = read_csv(report / "summary.csv")
     assert len(rows) == 2 * 4 * 14
     assert float(rows[0]["mean"]) == summary["mean"]["dice"] and rows[0]["count"] == "4"
@@ -186,7 +191,13 @@ def test_worst_and_best_cases(models, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_classes(from_sam, label_folder, tmp_path):
+def test_classes(from_sam, label_folder, tmp_path, monkeypatch):
+    modes, predict = [], evaluation_report.predict_objects
+    monkeypatch.setattr(
+        evaluation_report,
+        "predict_objects",
+        lambda *args, mode, **options: modes.append(mode) or predict(*args, mode=mode, **options),
+    )
     labels = {0: "organ", 1: "lesion"}
     from_sam(id2label=labels).save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")
@@ -195,6 +206,7 @@ def test_classes(from_sam, label_folder, tmp_path):
     flags = ["--model", tmp_path / "model", "--data", label_folder, "-o", tmp_path / "report"]
     result = evaluate(*flags, "--split", "train", "--mode", "adaptive")
     assert result.exit_code == 0, result.output
+    assert set(modes) == {"adaptive"}
     content = strictly(tmp_path / "report/metrics.json")
     method = content["settings"][0]["methods"]["model"]
     assert content["settings"][0]["num_groups"] == 2
@@ -204,9 +216,16 @@ def test_classes(from_sam, label_folder, tmp_path):
     assert method["classes"]["organ"]["mean"]["dice"] == pytest.approx(np.mean(dice))
     assert method["classes"]["organ"]["std"]["dice"] == pytest.approx(np.std(dice))
     # Image b shows both classes, and a and c are of one group: they are resampled together.
-    interval = mean_interval([row["dice"] for row in method["objects"]], ["a and c", "b", "b", "a and c"])
+    together = ["a and c", "b", "b", "a and c"]
+    interval = mean_interval([row["dice"] for row in method["objects"]], together)
     assert np.isfinite(interval.low) and interval.low < interval.high
     assert method["interval"]["dice"] == pytest.approx([interval.low, interval.high])
+    boxes = content["settings"][0]["methods"]["filled box"]["objects"]
+    pairs = [[row["dice"] for row in rows] for rows in (method["objects"], boxes)]
+    expected, apart = paired_bootstrap(*pairs, together), paired_bootstrap(*pairs)
+    row = next(row for row in content["settings"][0]["comparisons"] if row["metric"] == "dice")
+    assert row["against"] == "filled box" and expected.low != pytest.approx(apart.low)
+    assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
     assert "| model, lesion | 1 |" in (tmp_path / "report/report.md").read_text()
 
 
@@ -240,6 +259,15 @@ def test_processes_share_whole_batches(num_processes):
     assert batches == {(0, 1), (2, 3), (4, 5), (6,)}
 
 
+def test_the_seed_decides_the_jitter(data):
+    examples = load_examples(str(data), "test")
+    mask = examples[1]["mask"] > 0
+    for seed in (0, 3):
+        expected = jitter_box(box_from_mask(mask), 0.1, mask.shape, np.random.default_rng([seed, 1]))
+        _, (prompted,) = get_objects(examples, 1, box_jitter=0.1, seed=seed)
+        np.testing.assert_array_equal(prompted.box, expected)
+
+
 def test_names_of_methods(tmp_path):
     assert method_names("runs/a", None) == {"a": "runs/a"}
     assert method_names("runs/a", "runs/b/") == {"a": "runs/a", "b": "runs/b/"}
@@ -259,47 +287,19 @@ def test_names_of_methods(tmp_path):
         ("--tolerance -1", "must be a distance from 0 on"),
         ("--num-images 0", "Expected num_images of 1 or more"),
         ("--mode fast", "'fast' is not one of 'exact', 'adaptive'"),
+        ("--spacing 0 1", "Expected --spacing as a positive width and height, got (0.0, 1.0)"),
+        ("--compare /no/model", "Expected --compare to be a folder or a name on the Hub such as user/model, got '/no"),
+        ("--model /no/model", "Expected --model to be a folder or a name on the Hub such as user/model, got '/no"),
     ],
 )
 def test_wrong_flags_are_refused(models, data, tmp_path, monkeypatch, flags, message):
     monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setattr(evaluation_report, "predict_objects", None)  # before anything is predicted
     result = evaluate("--model", models[0], "--data", data, "-o", tmp_path / "report", *flags.split())
     assert result.exit_code == 2 and message in result.output
     assert not (tmp_path / "report").exists()
 
 
-def test_data_of_other_classes_or_without_objects_are_refused(models, label_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-    flags = ["--model", models[0], "-o", tmp_path / "report", "--split", "train"]
-    result = evaluate(*flags, "--data", label_folder)
-    assert result.exit_code == 2 and "got organ, lesion: name and number them alike in labels.json" in result.output
-    empty = write_folder(tmp_path / "empty", [0 * disk(40, 60, 15, 20, 9)] * 5)
-    result = evaluate(*flags, "--data", empty)
-    assert result.exit_code == 2 and "Expected masks with an object in them in train" in result.output
-
-
-def test_csv_leaves_missing_values_empty():
-    assert csv_table([{"a": 1, "b": float("nan")}, {"a": "x, y", "b": None}]) == 'a,b\n1,\n"x, y",\n'
-
-
-def test_the_calibration_plot_says_whose_error_it_names(tmp_path, monkeypatch):
-    figures, make = [], evaluation_plots._figure
-    monkeypatch.setattr(
-        evaluation_plots, "_figure", lambda *args, **sizes: figures.append(make(*args, **sizes)) or figures[0]
-    )
-        ("--spacing 0 1", "Expected --spacing as a positive width and height, got (0.0, 1.0)"),
-        ("--compare /no/model", "Expected --compare to be a folder or a name on the Hub such as user/model, got '/no"),
-        ("--model /no/model", "Expected --model to be a folder or a name on the Hub such as user/model, got '/no"),
-    scores = MethodScores(curves=[{"reliability": np.array([[0.2, 1.8], [0.0, 2.0], [2.0, 2.0]])}])
-    for name, error in {"a": 0.1, "b": 0.2}.items():
-        scores.table.add(name, {"ece": error})
-    evaluation_plots.plot_calibration([Setting(None, 0.0, {"model": scores})], tmp_path / "calibration.png")
-    monkeypatch.setattr(evaluation_report, "predict_objects", None)  # before anything is predicted
-    legend = figures[0][1][0, 0].get_legend().get_texts()
-    assert [text.get_text() for text in legend] == ["calibrated", "model, mean ECE per object 15.0 %"]
-@pytest.fixture
-def evaluated_examples(models, tmp_path, monkeypatch):
-    """`evaluated_examples(data, **options)`: what a model is evaluated on, without a report."""
 def test_wrong_arguments_are_refused_before_the_work(models, data, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation_report, "load_pipeline", None)
     with pytest.raises(ValueError, match=r"two positive numbers \(height, width\), got \(1.0, 0.0\)"):
@@ -326,6 +326,19 @@ def test_a_configuration_of_another_version_is_named(models, data, tmp_path, mon
         assert f"Expected a configuration of this version in {tmp_path / 'other'}/config.json" in result.output
 
 
+def test_data_of_other_classes_or_without_objects_are_refused(models, label_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    flags = ["--model", models[0], "-o", tmp_path / "report", "--split", "train"]
+    result = evaluate(*flags, "--data", label_folder)
+    assert result.exit_code == 2 and "got organ, lesion: name and number them alike in labels.json" in result.output
+    empty = write_folder(tmp_path / "empty", [0 * disk(40, 60, 15, 20, 9)] * 5)
+    result = evaluate(*flags, "--data", empty)
+    assert result.exit_code == 2 and "Expected masks with an object in them in train" in result.output
+
+
+@pytest.fixture
+def evaluated_examples(models, tmp_path, monkeypatch):
+    """`evaluated_examples(data, **options)`: what a model is evaluated on, without a report."""
     written = []
     monkeypatch.setattr(evaluation_report, "write_folder", lambda *args: written.append(args[2].examples))
 
@@ -350,3 +363,18 @@ def test_splits_of_a_folder_without_any(evaluated_examples, folder):
     assert evaluated_examples(folder, split="all").names == list("abcde")
 
 
+def test_csv_leaves_missing_values_empty():
+    assert csv_table([{"a": 1, "b": float("nan")}, {"a": "x, y", "b": None}]) == 'a,b\n1,\n"x, y",\n'
+
+
+def test_the_calibration_plot_says_whose_error_it_names(tmp_path, monkeypatch):
+    figures, make = [], evaluation_plots._figure
+    monkeypatch.setattr(
+        evaluation_plots, "_figure", lambda *args, **sizes: figures.append(make(*args, **sizes)) or figures[0]
+    )
+    scores = MethodScores(curves=[{"reliability": np.array([[0.2, 1.8], [0.0, 2.0], [2.0, 2.0]])}])
+    for name, error in {"a": 0.1, "b": 0.2}.items():
+        scores.table.add(name, {"ece": error})
+    evaluation_plots.plot_calibration([Setting(None, 0.0, {"model": scores})], tmp_path / "calibration.png")
+    legend = figures[0][1][0, 0].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["calibrated", "model, mean ECE per object 15.0 %"]
