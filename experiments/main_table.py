@@ -1,8 +1,8 @@
 """
 I-MedSAM with the paper's fields (so called in all tables; with coordinates in the prompt's frame, and SAM's two-way
-transformer trained, as in all rows that have one) and with the ellipse prior that the model has by default, beside what
-they have to beat, with the same start point, data, steps, augmentation and seeds: polyps, ultrasound of the breast, and
-three classes of cardiac MR.
+transformer trained, as in every row that has one) and with the ellipse prior that the model has by default, beside
+what they have to beat, with the same start point, data, steps, augmentation and seeds: polyps, ultrasound of the
+breast, and three classes of cardiac MR.
 
     python experiments/main_table.py [--test]
 

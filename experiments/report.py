@@ -12,22 +12,17 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from duplicates import read_pairs
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
+from plots import draw
 from runner import FILES, HERE, load_tables
-from runs import STARTS, WITH_PIXEL_DECODER, Row, Run, Scoring, Table
-from splits import clusters
+from runs import STARTS, WITH_PIXEL_DECODER, Run, Table
+from scored_rows import METRICS, Scored, difference, mean_of, read_row, reference_of
 
 from imedsam.training.arguments import parse_args
-from imedsam.training.intervals import Interval, mean_interval, paired_bootstrap
 from imedsam.training.report import write_atomically
 
 BENCHMARK = HERE.parent / "benchmarks" / "methods.json"
@@ -35,24 +30,7 @@ BENCHMARK_SIDE = 384  # of the square of the models that it measures
 # What leaves the time of their masks as it is, LoRA being merged; and what of a row's scoring does.
 TIMELESS = {"lora_rank", "lora_alpha", "train_mask_decoder", "train_image_encoder", "ellipse_prior"}
 TIMELESS_CHANGES = {"box_jitter"}
-# Of a plot of differences, the more welcome first, and the share of a panel's width that a label takes.
-TICKS, TICK_ROOM = (0, 10, 100, 30, 3, 300, 1), 0.1
-SERIES_WIDTH = 0.6  # of the distance between two places of an axis
 BEGIN, END = "<!-- experiments: begin -->", "<!-- experiments: end -->"
-METRICS = {
-    "dice": ("Dice", 100),
-    "iou": ("IoU", 100),
-    "hd": ("HD (px)", 1),
-    "hd95": ("HD95 (px)", 1),
-    "nsd": ("NSD (1 px)", 100),
-    "asd": ("ASD (px)", 1),
-    "precision": ("precision", 100),
-    "recall": ("recall", 100),
-    "ece": ("ECE", 100),
-    "brier": ("Brier", 100),
-    "uncertainty_auroc": ("AUROC of errors", 100),
-    "confidence_auroc": ("the same by p alone", 100),
-}
 
 
 def main() -> None:
@@ -72,33 +50,6 @@ def main() -> None:
     ]
     parts = [hygiene(args.results), *sections, fine_field(args.results), times(benchmark)]
     write_between_markers(args.document, "\n\n".join(part for part in parts if part))
-
-
-@dataclass
-class Scored:
-    """
-    A row with its results.
-
-    Args:
-        objects: for each object's name its metrics, means over the runs that have it.
-        per_run: the means of each run.
-        facts: run.json of each run; none for a floor.
-        adaptive: whether masks were rendered adaptively.
-    """
-
-    row: Row
-    objects: dict[str, dict[str, float]]
-    per_run: list[dict[str, float]]
-    facts: list[dict]
-    adaptive: bool = False
-
-    def values(self, metric: str, names: Sequence[str] | None = None) -> list[float]:
-        return [self.objects[name].get(metric, math.nan) for name in names or self.objects]
-
-    @property
-    def repeated(self) -> bool:
-        """Whether the runs are seeds, scored on the same objects; folds are not."""
-        return len({fact["arguments"]["seed"] for fact in self.facts}) > 1
 
 
 def write_table(table: Table, results: Path, images: Path, benchmark: dict | None) -> list[str]:
@@ -133,33 +84,6 @@ def says_something(table: Table, scored: Sequence[Scored]) -> bool:
     return any(one.row.label == table.reference for one in trained) and len(trained) > 1
 
 
-def read_row(row: Row, scoring: Scoring, results: Path) -> Scored | None:
-    """None unless all of the row's runs have been scored, exactly rendered or, where that is missing, adaptively."""
-    if row.floor is not None:
-        path = results / "floors" / f"{scoring.name}.json"
-        tables = [json.loads(path.read_text())[row.floor]] if path.exists() else []
-    else:
-        exact, adaptive = (
-            [results / run.name / f"{replace(scoring, mode=mode).name}.json" for run in row.runs]
-            for mode in ("exact", None)
-        )
-        paths = exact if all(path.exists() for path in exact) else adaptive
-        tables = [json.loads(path.read_text()) for path in paths] if all(path.exists() for path in paths) else []
-    if not tables:
-        return None
-    objects: dict[str, dict[str, list[float]]] = {}
-    for columns in tables:
-        for metric, values in columns.items():
-            if metric == "name":
-                continue
-            for name, value in zip(columns["name"], values, strict=True):
-                objects.setdefault(name, {}).setdefault(metric, []).append(math.nan if value is None else value)
-    means = {name: {metric: _mean(values) for metric, values in own.items()} for name, own in objects.items()}
-    per_run = [{metric: _mean(values) for metric, values in columns.items() if metric != "name"} for columns in tables]
-    facts = [json.loads((results / run.name / "run.json").read_text()) for run in row.runs]
-    return Scored(row, means, per_run, facts, adaptive=row.floor is None and paths is adaptive)
-
-
 def markdown(table: Table, scored: Sequence[Scored], data: str, benchmark: dict | None) -> str:
     """A row each, without columns that would be empty."""
     titles = [METRICS[metric][0] for metric in table.columns]
@@ -180,12 +104,6 @@ def markdown(table: Table, scored: Sequence[Scored], data: str, benchmark: dict 
     return grid(*zip(*columns, strict=True))
 
 
-def reference_of(one: Scored, scored: Sequence[Scored], table: Table) -> Scored | None:
-    """The other row that a row is compared with; None where that has not been scored."""
-    label = one.row.against or table.reference
-    return next((other for other in scored if other.row.label == label and other is not one), None)
-
-
 def not_scored(table: Table, scored: Sequence[Scored]) -> str:
     """The trained rows that a table lacks."""
     there = {one.row.label for one in scored}
@@ -201,24 +119,12 @@ def grid(heads: Sequence[str], *rows: Sequence[str]) -> str:
 def average(one: Scored, metric: str) -> str:
     """The mean over the objects, and the standard deviation over the seeds, if there are several."""
     scale = METRICS[metric][1]
-    mean = scale * _mean(one.values(metric))
+    mean = scale * mean_of(one.values(metric))
     if not math.isfinite(mean):
         return ""
     if not one.repeated:
         return f"{mean:.1f}"
     return f"{mean:.1f} ± {scale * np.std([means[metric] for means in one.per_run], ddof=1):.1f}"
-
-
-def difference(one: Scored, reference: Scored, metric: str, data: str) -> Interval:
-    """Of the objects that both have, one to one, in the table's unit."""
-    names, scale = [name for name in one.objects if name in reference.objects], METRICS[metric][1]
-    ours, theirs = ([scale * value for value in row.values(metric, names)] for row in (one, reference))
-    return paired_bootstrap(ours, theirs, clusters(data, plain(names), read_pairs()))
-
-
-def plain(names: Sequence[str]) -> list[str]:
-    """Of the images; objects of label maps are called name/class."""
-    return [name.partition("/")[0] for name in names]
 
 
 def cost(one: Scored, benchmark: dict | None) -> list[str]:
@@ -313,90 +219,6 @@ def _timing(scored, benchmark):
         f"Seconds are those of [methods.py](../benchmarks/methods.py), adaptively rendered ({benchmark['images']}; "
         f"{benchmark['machine']['threads']} threads, {benchmark['machine']['processor']}). "
     )
-
-
-def draw(table: Table, scored: Sequence[Scored], data: str, path: Path) -> None:
-    """
-    The compared metrics, a panel each: along an axis a curve per series, otherwise the differences to the reference, a
-    line per row. All with their intervals.
-    """
-    figure = draw_curves(table, scored, data) if table.x else draw_differences(table, scored, data)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=100)
-
-
-def draw_curves(table: Table, scored: Sequence[Scored], data: str) -> Figure:
-    """The places of the axis are evenly spaced, and the series side by side around them."""
-    placed = [one for one in scored if one.row.x is not None]
-    places = {x: place for place, x in enumerate(sorted({one.row.x for one in placed}))}
-    series = list(dict.fromkeys(one.row.series for one in placed))
-    panels = len(table.compared)
-    figure = Figure(figsize=(4 + 5 * panels, 4), layout="constrained")
-    for axis, metric in zip(figure.subplots(1, panels, squeeze=False)[0], table.compared, strict=True):
-        name, scale = METRICS[metric]
-        for number, label in enumerate(series):
-            chosen = sorted((one for one in placed if one.row.series == label), key=lambda one: one.row.x)
-            means = [scaled_interval(one, metric, data, scale) for one in chosen]
-            aside = SERIES_WIDTH * ((number + 0.5) / len(series) - 0.5)
-            x, y = [places[one.row.x] + aside for one in chosen], [mean.mean for mean in means]
-            style = {"marker": "o", "markersize": 4, "linewidth": 1, "capsize": 2}
-            axis.errorbar(x, y, _errors(means), label=label or None, **style)
-        axis.set(xlabel=table.x, ylabel=name, xticks=range(len(places)), xticklabels=[f"{x:g}" for x in places])
-        axis.grid(alpha=0.3)
-    handles, labels = axis.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-    return figure
-
-
-def draw_differences(table: Table, scored: Sequence[Scored], data: str) -> Figure:
-    pairs = [(one, other) for one in scored if (other := reference_of(one, scored, table))]
-    labels = [
-        one.row.label if other.row.label == table.reference else f"{one.row.label}\n(to {other.row.label})"
-        for one, other in pairs
-    ]
-    places, panels = range(len(pairs)), len(table.compared)
-    figure = Figure(figsize=(4 + 2.8 * panels, 1.1 + 0.3 * len(pairs)), layout="constrained")
-    for axis, metric in zip(figure.subplots(1, panels, sharey=True, squeeze=False)[0], table.compared, strict=True):
-        differences = [difference(one, other, metric, data) for one, other in pairs]
-        axis.set_xscale("symlog", linthresh=5)  # a network that has learnt nothing is to leave room for the others
-        axis.errorbar([one.mean for one in differences], places, xerr=_errors(differences), fmt="o", capsize=3)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.update_datalim([(-1, 0), (1, 0)])  # tiny differences are to look tiny
-        axis.margins(x=0.06)
-        axis.autoscale_view()
-        axis.xaxis.set_major_locator(FixedLocator(readable_ticks(axis)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.tick_params(axis="x", labelsize=7)
-        axis.set(xlabel=METRICS[metric][0], yticks=places, yticklabels=labels, ylim=(len(pairs) - 0.4, -0.6))
-        axis.grid(alpha=0.3)
-    figure.suptitle(f"Difference to: {table.reference}", fontsize=10)
-    return figure
-
-
-def readable_ticks(axis: Axes) -> list[float]:
-    """Of TICKS those that lie in a panel, but for what would come too close to one before it."""
-    (low, high), shown = axis.get_xlim(), []
-    for tick in (tick for size in TICKS for tick in dict.fromkeys((size, -size)) if low <= tick <= high):
-        places = [axis.transLimits.transform(axis.transScale.transform((one, 0)))[0] for one in (tick, *shown)]
-        if all(abs(place - places[0]) >= TICK_ROOM for place in places[1:]):
-            shown.append(tick)
-    return sorted(shown)
-
-
-def scaled_interval(one: Scored, metric: str, data: str, scale: float) -> Interval:
-    values = [scale * value for value in one.values(metric)]
-    return mean_interval(values, clusters(data, plain(list(one.objects)), read_pairs()))
-
-
-def _errors(intervals):
-    return np.nan_to_num([[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]).clip(min=0)
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    """Of those that are there."""
-    numbers = [value for value in values if value is not None and not math.isnan(value)]
-    return float(np.mean(numbers)) if numbers else math.nan
 
 
 def hygiene(results: Path) -> str:

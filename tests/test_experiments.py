@@ -11,9 +11,11 @@ import duplicates
 import fine_field
 import numpy as np
 import one_run
+import plots
 import pytest
 import report
 import runner
+import scored_rows
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
@@ -84,7 +86,7 @@ def test_every_table_compares_with_rows_that_it_has():
         labels = [row.label for row in table.rows]
         assert len(set(labels)) == len(labels)
         assert {table.reference, *(row.against for row in table.rows)} - {""} <= set(labels)
-        assert all(metric in report.METRICS for metric in table.columns)
+        assert all(metric in scored_rows.METRICS for metric in table.columns)
         assert set(table.compared) <= set(table.columns)
         for row in table.rows:
             assert bool(row.runs) != bool(row.floor)
@@ -296,7 +298,7 @@ def test_floors_are_those_of_the_boxes_that_a_row_has(done):
     usual, loose = Scoring("kvasir_sessile", "validation"), Scoring("kvasir_sessile", "validation", box_jitter=0.2)
     carry_out(replace(done, run=None, scorings=[loose]))
     row = Row("", floor="inscribed ellipse", changes=changes(box_jitter=0.2))
-    exact, jittered = (report.read_row(row, scoring, done.results).values("dice") for scoring in (usual, loose))
+    exact, jittered = (scored_rows.read_row(row, scoring, done.results).values("dice") for scoring in (usual, loose))
     assert max(jittered) < min(exact)
     tasks = runner.make_tasks(
         runner.parse_args(["--runs", "floors"], ["box_jitter"]), runner.load_tables(["box_jitter"])
@@ -333,11 +335,11 @@ def test_adaptive_scores_stand_in_for_exact_ones(done, monkeypatch):
     monkeypatch.setattr("one_run.train", None)
     scoring = Scoring("kvasir_sessile", "validation", output_size=48)
     row = Row("", (done.run,), changes(output_size=48))
-    assert report.read_row(row, scoring, done.results) is None
+    assert scored_rows.read_row(row, scoring, done.results) is None
     carry_out(replace(done, scorings=[replace(scoring, mode=None)]))
-    adaptive = report.read_row(row, scoring, done.results)
+    adaptive = scored_rows.read_row(row, scoring, done.results)
     carry_out(replace(done, scorings=[scoring]))
-    exact = report.read_row(row, scoring, done.results)
+    exact = scored_rows.read_row(row, scoring, done.results)
     assert adaptive.adaptive and not exact.adaptive
     np.testing.assert_allclose(adaptive.values("dice"), exact.values("dice"), atol=0.02)
     for mode in ("exact", None):
@@ -455,14 +457,14 @@ def test_seeds_are_averaged_by_object_and_folds_stand_together(tmp_path):
     for number, one in enumerate(folds(run, 2)):
         write(one, {"name": [f"f{number}"], "dice": [0.5 + number / 4]})
     scoring = Scoring("kvasir_sessile", "validation")
-    repeated = report.read_row(Row("", seeds(run, 0, 1)), scoring, tmp_path)
+    repeated = scored_rows.read_row(Row("", seeds(run, 0, 1)), scoring, tmp_path)
     assert repeated.values("dice") == [0.625, 0.75] and repeated.values("hd95", ["b"]) == [2.0]
     assert report.average(repeated, "dice") == f"68.8 ± {100 * 0.125 / math.sqrt(2):.1f}"
     assert report.average(repeated, "hd95") == "2.0 ± 0.0" and report.average(repeated, "nsd") == ""
-    pooled = report.read_row(Row("", folds(run, 2)), scoring, tmp_path)
+    pooled = scored_rows.read_row(Row("", folds(run, 2)), scoring, tmp_path)
     assert pooled.values("dice") == [0.5, 0.75] and report.average(pooled, "dice") == "62.5"
     changed = replace(repeated, objects={"a": {"dice": 0.425}, "b": {"dice": 0.55}})
-    interval = report.difference(changed, repeated, "dice", "kvasir_sessile")
+    interval = scored_rows.difference(changed, repeated, "dice", "kvasir_sessile")
     assert (interval.mean, interval.low, interval.high) == pytest.approx((-20, -20, -20))
 
 
@@ -489,7 +491,7 @@ def make_scored(label="", objects=(), start="medical-tiny-sam-384", config=None,
         "commit": "abc",
     }
     values = {name: {"dice": dice, "hd": hd} for name, dice, hd in objects}
-    return report.Scored(Row(label, (Run(),), **row), values, [], [facts])
+    return scored_rows.Scored(Row(label, (Run(),), **row), values, [], [facts])
 
 
 def make_table(scored, **values):
@@ -513,9 +515,9 @@ AGAINST = make_scored("against", [(name, 0.875, 5.0) for name in FRAMES], agains
 
 def test_what_is_resampled_together_is_not_taken_apart():
     """The mean is the same in both sequences, and so in every resample of them; it is not in resamples of frames."""
-    interval = report.difference(BETTER, REFERENCE, "dice", "cvc_clinicdb")
+    interval = scored_rows.difference(BETTER, REFERENCE, "dice", "cvc_clinicdb")
     assert (interval.mean, interval.low, interval.high) == (12.5, 12.5, 12.5)
-    apart = report.difference(BETTER, REFERENCE, "dice", "busi")
+    apart = scored_rows.difference(BETTER, REFERENCE, "dice", "busi")
     assert (apart.mean, apart.low < 12.5 < apart.high) == (12.5, True)
 
 
@@ -532,7 +534,7 @@ def test_rows_are_compared_with_the_row_that_they_name():
 
 def test_plotted_differences_are_those_of_the_table():
     scored = [REFERENCE, BETTER, AGAINST]
-    figure = report.draw_differences(make_table(scored), scored, "cvc_clinicdb")
+    figure = plots.draw_differences(make_table(scored), scored, "cvc_clinicdb")
     dice, distance = figure.axes
     assert [axis.containers[0].lines[0].get_xdata().tolist() for axis in (dice, distance)] == [[12.5, 25], [-5, -10]]
     assert dice.containers[0].lines[0].get_ydata().tolist() == [0, 1] and dice.yaxis_inverted()
@@ -544,7 +546,7 @@ def test_plots_of_differences_can_be_read_and_cut_nothing():
     distances = {"much worse": 290.0, "worse": 45.0, "little worse": 21.5, "little better": 18.75, "better": 12.0}
     rows = [make_scored(name, [(frame, hd / 300, hd) for frame in FRAMES]) for name, hd in distances.items()]
     scored = [REFERENCE, *rows]
-    figure = report.draw_differences(make_table(scored, compared=("dice", "hd", "dice")), scored, "cvc_clinicdb")
+    figure = plots.draw_differences(make_table(scored, compared=("dice", "hd", "dice")), scored, "cvc_clinicdb")
     FigureCanvasAgg(figure).draw()
     for axis in figure.axes:
         ticks = axis.get_xticks().tolist()
@@ -566,7 +568,7 @@ def test_curves_of_every_compared_metric_stand_side_by_side():
         for series in ("one", "other")
         for x in (384, 128)
     ]
-    figure = report.draw_curves(make_table(scored, x="size"), scored, "cvc_clinicdb")
+    figure = plots.draw_curves(make_table(scored, x="size"), scored, "cvc_clinicdb")
     dice, distance = figure.axes
     assert (dice.get_ylabel(), distance.get_ylabel()) == ("Dice", "HD (px)")
     for axis, expected in ((dice, [62.8, 88.4]), (distance, [1280, 3840])):
