@@ -367,14 +367,20 @@ def test_csv_leaves_missing_values_empty():
     assert csv_table([{"a": 1, "b": float("nan")}, {"a": "x, y", "b": None}]) == 'a,b\n1,\n"x, y",\n'
 
 
-def test_the_calibration_plot_says_whose_error_it_names(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, shown", [("model", "model"), ("start" + 100 * "-" + "end", "start" + 15 * "-" + "..." + 17 * "-" + "end")]
+)
+def test_the_calibration_plot_says_whose_error_it_names(tmp_path, monkeypatch, name, shown):
+    """And keeps its panel, however long the name is."""
     figures, make = [], evaluation_plots._figure
     monkeypatch.setattr(
         evaluation_plots, "_figure", lambda *args, **sizes: figures.append(make(*args, **sizes)) or figures[0]
     )
     scores = MethodScores(curves=[{"reliability": np.array([[0.2, 1.8], [0.0, 2.0], [2.0, 2.0]])}])
-    for name, error in {"a": 0.1, "b": 0.2}.items():
-        scores.table.add(name, {"ece": error})
-    evaluation_plots.plot_calibration([Setting(None, 0.0, {"model": scores})], tmp_path / "calibration.png")
-    legend = figures[0][1][0, 0].get_legend().get_texts()
-    assert [text.get_text() for text in legend] == ["calibrated", "model, mean ECE per object 15.0 %"]
+    for object_name, error in {"a": 0.1, "b": 0.2}.items():
+        scores.table.add(object_name, {"ece": error})
+    evaluation_plots.plot_calibration([Setting(None, 0.0, {name: scores})], tmp_path / "calibration.png")
+    axis = figures[0][1][0, 0]
+    legend = axis.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["calibrated", f"{shown}\nmean ECE per object 15.0 %"]
+    assert legend.get_window_extent().width < axis.get_window_extent().width

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # What a picture shows: the object with this share of its box's longer side around it.
 CONTEXT = 0.5
+LONGEST_NAME = 40  # of a model, in characters
 Case = tuple[Image.Image, PromptedObject, dict[str, tuple[Prediction, float]]]
 
 
@@ -58,7 +59,7 @@ def plot_calibration(settings: Sequence[Setting], path: Path) -> None:
                 predicted[filled] / counts[filled],
                 observed[filled] / counts[filled],
                 marker=".",
-                label=f"{name}, mean ECE per object {100 * ece:.1f} %",
+                label=f"{_short(name)}\nmean ECE per object {100 * ece:.1f} %",
             )
         axis.set(xlabel="probability", ylabel="share of foreground", xlim=(0, 1), ylim=(0, 1))
         axis.set_title(setting.title, fontsize=9)
@@ -84,7 +85,7 @@ def plot_retention(settings: Sequence[Setting], path: Path) -> None:
                 mean = 100 * np.mean([curve[key] for curve in curves], axis=0)
                 axis.plot(100 * RETENTION_LEVELS, mean, **style)
             axis.set(xlabel="pixels kept, the most certain ones (%)", ylabel="wrong pixels (%)")
-            axis.set_title(f"{name}\n{setting.title}", fontsize=9)
+            axis.set_title(f"{_short(name)}\n{setting.title}", fontsize=9)
             axis.legend(fontsize=8)
             axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -140,6 +141,11 @@ def _figure(num_rows, num_columns, width, height):
     return figure, figure.subplots(num_rows, num_columns, squeeze=False)
 
 
+def _short(name: str) -> str:
+    """The ends of a long name."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 2]}...{name[-LONGEST_NAME // 2 :]}"
+
+
 def _broken(name: str) -> str:
-    """A long name on several lines."""
-    return "\n".join(textwrap.wrap(name, 16))
+    """On several lines."""
+    return "\n".join(textwrap.wrap(_short(name), 16))
