@@ -42,9 +42,12 @@ demo: $(INSTALLED)  ## train on drawn phantoms and leave a picture, a table and 
 	@echo "Picture, table and checkpoint:"
 	@find outputs/demo -type f \( -name '*.png' -o -name '*.md' -o -name '*.json' -o -name '*.safetensors' \) | sort | sed 's/^/  /'
 
-# One thread per worker: two pytest workers share two cores without competing. The slow tests get all threads.
+# One thread per worker: two pytest workers share two cores without competing. Benchmarks have the machine to themselves;
+# the other slow tests go by files, whose tests share what takes long.
 test: test-fast  ## run all tests, the fast ones first
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder \
+		--ignore tests/test_benchmarks.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests/test_benchmarks.py
 
 test-fast: $(INSTALLED)  ## run the tests that take a few seconds at most
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2

@@ -3,12 +3,12 @@
 import copy
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from processes import TWO_PROCESSES
 from safetensors.torch import load_file
 from test_training import Interrupted, arguments, environment, interrupt_at
 from torch.testing import assert_close
@@ -432,7 +432,7 @@ def test_two_processes_are_one_with_the_double_batch(sam_folder, tmp_path, metho
     flags = "--num_train_epochs 2 --learning_rate 3e-3 --per_device_train_batch_size".split()
     one, two = tmp_path / "one", tmp_path / "two"
     train.main(method_arguments(sam_folder, one, method, [*flags, 4]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "imedsam.training.train"]
+    command = [*TWO_PROCESSES, "imedsam.training.train"]
     command += method_arguments(sam_folder, two, method, [*flags, 2])
     subprocess.run(command, check=True, env=environment() | {"ACCELERATE_USE_CPU": "true"})
     one, two = read(one), read(two)

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from drawn_folders import disk, make_processor, write_folder
 from PIL import Image
+from processes import TWO_PROCESSES
 from typer.testing import CliRunner
 
 from imedsam.training import evaluation_plots, evaluation_report
@@ -232,7 +232,7 @@ def test_classes(from_sam, label_folder, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(models, data, tmp_path):
     flags = f"evaluate --model {models[0]} --data {data} --batch-size 2 --box-jitter 0.1"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "imedsam.training.cli"]
+    command = [*TWO_PROCESSES, "imedsam.training.cli"]
     command += [*flags.split(), "-o", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, env=environment)

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from known_fields import KnownField
 from PIL import Image
+from processes import TWO_PROCESSES
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -390,7 +391,7 @@ def test_two_processes_are_one_with_the_double_batch(sam_folder, tmp_path):
     config = ["dropout=0.0", "selection=null"]
     one, two = tmp_path / "one", tmp_path / "two"
     train.main(arguments(sam_folder, one, [*flags, "--per_device_train_batch_size", 4], config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "imedsam.training.train"]
+    command = [*TWO_PROCESSES, "imedsam.training.train"]
     command += arguments(sam_folder, two, [*flags, "--per_device_train_batch_size", 2], config)
     subprocess.run(command, check=True, env=environment() | {"ACCELERATE_USE_CPU": "true"})
     one, two = read(one), read(two)
