@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from imedsam.training.train import main as train
 
 SEED = 0
 FOLDER = Path(__file__).parent
-PAPER = MappingProxyType({"ellipse_prior": False})  # the configuration of its fields
+PAPER = {"ellipse_prior": False}  # the configuration of its fields
 FIELD_TRAINING = (
     "--num_train_epochs {epochs} --per_device_train_batch_size 2 --num_points 2500 --uniform_share 0.3 "
     "--point_weighting none --box_jitter 0.03 --evaluation_size 96 --eval_every 100 --learning_rate 1e-3 "
