@@ -137,7 +137,7 @@ def test_the_final_folder_is_the_best_model(trained):
     model, processor = IMedSamModel.from_pretrained(trained), IMedSamProcessor.from_pretrained(trained)
     examples = load_examples("phantoms", "validation", num_images=3, image_size=64, num_classes=2)
     assert model.config.id2label == examples.id2label == {0: "lesion", 1: "organ"}
-    table = evaluate_masks(model, processor, examples, progress=False)
+    table = evaluate_masks(model, processor, examples, mode=None, progress=False)
     assert table.mean() == pytest.approx(report["validation"])
     assert table.mean()["uncertainty_auroc"] > 0.5
     for name, means in class_means(table, examples).items():
