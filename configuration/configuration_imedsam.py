@@ -91,6 +91,9 @@ class IMedSamConfig(PreTrainedConfig):
             Train the whole image encoder; needs `lora_rank=0`. For a start point that is not SAM.
         train_mask_decoder (`bool`):
             Train SAM's two-way transformer too. With `implicit_decoder=False` it is trained in any case.
+        base_model_sha256 (`str`, *optional*):
+            SHA-256 of the weights of the SAM that the model starts from, which `from_sam_pretrained` notes: an adapter
+            is put on no other one.
         id2label (`dict[int, str]`, *optional*):
             Names of the classes; or give `num_labels`. One class by default.
 
@@ -128,6 +131,7 @@ class IMedSamConfig(PreTrainedConfig):
     selection_lattice: int = 32
     train_image_encoder: bool = False
     train_mask_decoder: bool = False
+    base_model_sha256: str | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any):
@@ -198,7 +202,8 @@ class IMedSamConfig(PreTrainedConfig):
             known = sorted(field.name for field in fields(self) if field.name not in _PRETRAINED_FIELDS)
             raise TypeError(
                 f"Unknown configuration key{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}: "
-                f"IMedSamConfig takes {', '.join(known)} and num_labels. Correct or remove it."
+                f"IMedSamConfig takes {', '.join(known)} and num_labels. Correct or remove it; in a checkpoint it may "
+                "be of a newer version: pip install --upgrade imedsam."
             )
 
         if isinstance(self.sam_config, dict):

@@ -39,6 +39,18 @@ def split_qkv(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return split
 
 
+def fuse_qkv(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The way back from `split_qkv`."""
+    fused = {}
+    for key, value in state_dict.items():
+        if ".attn.qkv.q_proj." in key:
+            parts = [state_dict[key.replace("q_proj", name)] for name in PROJECTIONS]
+            fused[key.replace("q_proj.", "")] = torch.cat(parts)
+        elif ".attn.qkv." not in key:
+            fused[key] = value
+    return fused
+
+
 def get_peft_config(config: IMedSamConfig) -> LoraConfig:
     """
     The adapter that a configuration asks for: LoRA on the image encoder, and in `modules_to_save` all else that is

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,7 @@ from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import SamConfig, SamModel
+from transformers import SamModel
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.sam.modeling_sam import SamPreTrainedModel
@@ -30,9 +33,10 @@ from transformers.utils import (
 from imedsam.configuration.configuration_imedsam import CONFIGURATION_KEYS, IMedSamConfig
 from imedsam.frequency import FrequencyBranch
 from imedsam.image_encoder import resize_positions
-from imedsam.implicit_decoder import ClassLinear, EllipsePrior, HiddenLinear
-from imedsam.lora import get_peft_config, split_qkv
+from imedsam.implicit_decoder import ClassLinear, EllipsePrior, HiddenLinear, ImplicitDecoder
+from imedsam.lora import fuse_qkv, get_peft_config, split_qkv
 from imedsam.pixel_decoder import HiddenConvolution
+from imedsam.sam_checkpoints import FINDING_KEYS, SamCheckpoint, load_sam, only_finding, refuse_damaged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,6 +48,7 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
     config: IMedSamConfig  # type: ignore[assignment]  # SAM's base class has its own
     config_class = IMedSamConfig
     base_model_prefix = "imedsam"
+    _base_revision: str | None = None  # the commit of a base from the Hub
     # Parts of the method and the names of their parameters, without PEFT's infixes; the first match counts.
     part_patterns = [
         ("LoRA", r".*\.lora_[AB]"),
@@ -61,26 +66,31 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         ("mask decoder", r"mask_decoder\.(?!output_hypernetworks_mlps|iou_prediction_head)"),
     ]
 
+    def __init__(self, config: IMedSamConfig):
+        super().__init__(config)
+        self._adapter_classes: dict[str, dict[int, str]] = {}  # `id2label` by the name of the adapter
+
     @classmethod
     def from_sam_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, image_size: int = 384, **kwargs: Any
     ) -> Self:
         """
-        Starts from a `SamModel` checkpoint (`facebook/sam-vit-base`, MedSAM in that format, a local folder), with the
-        adapter that the configuration asks for.
+        Starts from a checkpoint of the SAM family, with the adapter that the configuration asks for.
 
         Args:
-            pretrained_model_name_or_path: Hub name or folder.
+            pretrained_model_name_or_path: Hub name or folder of a `SamModel` (`facebook/sam-vit-base`), or the
+                original file of SAM, MedSAM, SAM-Med2D or EfficientSAM (`sam_vit_b_01ec64.pth`).
             image_size: side of the model's square; positions are resized to it.
             kwargs: values of [`IMedSamConfig`]; `dtype`, `attn_implementation` and what `from_pretrained` takes to
                 find files (`revision`, `token`, `cache_dir`, `local_files_only`, ...).
         """
         loading = {key: kwargs.pop(key) for key in list(kwargs) if key in _LOADING_KEYS}
-        sam_config = SamConfig.from_pretrained(pretrained_model_name_or_path, **_only_finding(loading)).to_dict()
+        sam = load_sam(pretrained_model_name_or_path, **only_finding(loading))
+        sam_config = sam.config.to_dict()
         sam_config["vision_config"]["image_size"] = sam_config["prompt_encoder_config"]["image_size"] = image_size
         sam_config["prompt_encoder_config"].pop("image_embedding_size", None)
         config = cls.config_class(sam_config=sam_config, **kwargs)
-        model = cls._base_from_sam(pretrained_model_name_or_path, config, **loading)
+        model = cls._on_sam(sam, config, loading.get("dtype"), loading.get("attn_implementation"))
         if config.lora_rank > 0:
             model.add_adapter()
         model.set_trainable()
@@ -107,7 +117,7 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         path = str(pretrained_model_name_or_path)
         if os.path.isdir(path):  # where not every release of transformers looks into the subfolder for an adapter
             path = os.path.join(path, kwargs.pop("subfolder", ""))
-        finding = _only_finding(kwargs)
+        finding = only_finding(kwargs)
         has_adapter = find_adapter_config_file(path, **finding) is not None
         if has_adapter and (fixed := [key for key in ("lora_rank", "lora_alpha", "lora_targets") if key in kwargs]):
             raise ValueError(
@@ -116,54 +126,65 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
             )
         if not has_adapter or "config" not in kwargs:
             _refuse_other_checkpoint(path, cls.config_class.model_type, finding)
-        if not has_adapter:
-            model = super().from_pretrained(path, *args, **kwargs)
-        elif (folder := _folder_of_whole_model(path, finding)) is not None:
-            located = {key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
-            model = super().from_pretrained(folder, *args, **located)
-        else:
-            values = {key: kwargs.pop(key) for key in list(kwargs) if key in CONFIGURATION_KEYS}
-            if values and "config" in kwargs:
-                raise ValueError(
-                    f"Expected config or values for it, got both: put {', '.join(values)} into the config."
-                )
-            config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path, **finding, **values)
-            base = base_model_name_or_path or PeftConfig.from_pretrained(path, **finding).base_model_name_or_path
-            if not base:
-                raise ValueError(
-                    f"Expected the adapter at {path} to name the SAM that it belongs to, got no name: "
-                    "give base_model_name_or_path."
-                )
-            kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.get("dtype", "auto")
-            model = cls._base_from_sam(
-                base, config, **{key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
-            )
-            model.load_adapter(path, adapter_kwargs=finding)
+        with refuse_damaged(path):
+            if not has_adapter:
+                model = super().from_pretrained(path, *args, **kwargs)
+            elif (folder := _folder_of_whole_model(path, finding)) is not None:
+                located = {key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
+                model = super().from_pretrained(folder, *args, **located)
+            else:
+                model = cls._from_adapter(path, base_model_name_or_path, finding, **kwargs)
         model.set_trainable()
         return model.eval()
 
     @classmethod
-    def _base_from_sam(cls, path: str | os.PathLike, config: IMedSamConfig, **loading: Any) -> Self:
+    def _from_adapter(cls, path: str, base: str | os.PathLike | None, finding: dict[str, Any], **kwargs: Any) -> Self:
+        """An adapter alone, on its SAM."""
+        values = {key: kwargs.pop(key) for key in list(kwargs) if key in CONFIGURATION_KEYS}
+        if values and "config" in kwargs:
+            raise ValueError(f"Expected config or values for it, got both: put {', '.join(values)} into the config.")
+        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path, **finding, **values)
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", "auto")
+        loading = {key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
+        sam = _load_base(path, base, finding, loading)
+        model = cls._on_sam(sam, config, dtype, kwargs.get("attn_implementation"))
+        model.load_adapter(path, adapter_kwargs=finding)
+        return model
+
+    @classmethod
+    def _on_sam(
+        cls,
+        sam: SamCheckpoint,
+        config: IMedSamConfig,
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+    ) -> Self:
         """The base of a configuration, with SAM's weights and no adapter."""
-        dtype = loading.pop("dtype", None)
-        if isinstance(dtype, str):
-            dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
-        # Declared to return the model alone.
-        loaded: Any = SamModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **loading)
-        sam, found = loaded
-        if "attn_implementation" in loading:
-            config._attn_implementation = loading["attn_implementation"]
+        sha256 = sam.sha256()
+        if config.base_model_sha256 not in (None, sha256):
+            raise ValueError(
+                f"Expected the SAM that the adapter was trained on, whose weights have the SHA-256 "
+                f"{config.base_model_sha256}, got {sam.name} with {sha256}: give the place of the right one as "
+                "base_model_name_or_path."
+            )
+        if "mask_decoder." in sam.without and config.implicit_decoder and not config.train_mask_decoder:
+            raise ValueError(
+                f"Expected train_mask_decoder=True to start from {sam.name}, which has no mask decoder that fits, "
+                "got False: its two-way transformer starts at random."
+            )
+        config.base_model_sha256 = sha256
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation
         model = cls(config)
-        state_dict = sam.state_dict()
-        positions = state_dict.pop("shared_image_embedding.positional_embedding")
-        state_dict["prompt_encoder.shared_embedding.positional_embedding"] = positions
-        state_dict = split_qkv(resize_positions(state_dict, config.sam_config.vision_config))
+        state_dict = split_qkv(resize_positions(sam.state_dict, config.sam_config.vision_config))
         missing, unexpected = model.load_state_dict(state_dict, strict=False)
-        missing = [key for key in missing if not key.startswith(("frequency_branch.", "implicit_decoder."))]
-        missing += sorted(found["missing_keys"])  # which transformers filled at random
-        if missing or unexpected:
-            raise ValueError(f"Expected SAM's weights at {path}, got missing {missing} and unexpected {unexpected}.")
-        model.name_or_path = str(path)
+        new = ("frequency_branch.", "implicit_decoder.", *sam.without)
+        if (missing := [key for key in missing if not key.startswith(new)]) or unexpected:
+            raise ValueError(
+                f"Expected SAM's weights at {sam.name}, got missing {missing} and unexpected {unexpected}."
+            )
+        model.name_or_path, model._base_revision = sam.name, sam.revision
+        dtype = config.dtype if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return model if dtype is None else model.to(dtype)
 
     def save_pretrained(  # type: ignore[override]  # names the arguments that it uses
@@ -221,13 +242,23 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         Args:
             adapter_config: by default the one that the configuration describes.
         """
-        super().add_adapter(adapter_config or get_peft_config(self.config), adapter_name)
+        others = list(self.peft_config.values()) if self._hf_peft_config_loaded else []
+        adapter_config = adapter_config or get_peft_config(self.config)
+        with self._copying_decoder_of(self.config):
+            super().add_adapter(adapter_config, adapter_name)
+        self._adapter_classes[adapter_name or "default"] = self.config.id2label
+        adapter_config.revision = self._base_revision
+        for other in others[:1]:  # on the same SAM, also where this model is known by another name
+            adapter_config.base_model_name_or_path, adapter_config.revision = (
+                other.base_model_name_or_path,
+                other.revision,
+            )
 
     def load_adapter(
         self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """
-        Loads a further adapter; `set_adapter(adapter_name)` switches to it.
+        Loads a further adapter, which may have classes of its own; `set_adapter(adapter_name)` switches to it.
 
         Raises:
             ValueError: an adapter of another configuration than that of those which are there, or none to switch from.
@@ -237,17 +268,18 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
                 f"Expected a model with LoRA to load {peft_model_id} into, got one without, or with LoRA merged into "
                 "its weights: load it by itself with from_pretrained."
             )
+        other = self.config
         if peft_model_id is not None and self._hf_peft_config_loaded:
-            other = self.config_class.from_pretrained(
-                peft_model_id, **_only_finding(kwargs.get("adapter_kwargs") or {})
-            )
+            finding = only_finding(kwargs.get("adapter_kwargs") or {})
+            other = self.config_class.from_pretrained(peft_model_id, **finding)
             for key in _SHARED_BY_ADAPTERS:
                 if getattr(other, key) != getattr(self.config, key):
                     raise ValueError(
                         f"Expected an adapter with {key} {getattr(self.config, key)!r}, got {getattr(other, key)!r} "
                         f"at {peft_model_id}: load it by itself with from_pretrained."
                     )
-        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        with self._copying_decoder_of(other):
+            info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         # transformers counts other adapters' parameters as missing too.
         missing = [key for key in info.missing_and_mismatched() if _adapter_of(key) == (adapter_name or "default")]
         if missing or info.unexpected_keys:
@@ -255,6 +287,7 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
                 f"Expected an adapter for this model's configuration, got one with missing {sorted(missing)} and "
                 f"unexpected {sorted(info.unexpected_keys)}: load it by itself with from_pretrained."
             )
+        self._adapter_classes[adapter_name or "default"] = other.id2label
         self.set_trainable()
         return info
 
@@ -268,8 +301,10 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         )
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
-        """Makes another loaded adapter the active one."""
+        """Makes another loaded adapter the active one, with its classes."""
         super().set_adapter(adapter_name)
+        self.config.id2label = dict(self._adapter_classes.get(self.active_adapters()[0], self.config.id2label))
+        self.config.label2id = {name: index for index, name in self.config.id2label.items()}
         self.set_trainable()
 
     def enable_adapters(self) -> None:
@@ -302,6 +337,29 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         self.set_trainable()
         return self
 
+    def to_sam(self) -> SamModel:
+        """
+        A stock `SamModel` with the encoder as it was trained, LoRA merged, and the prompt encoder and the parts of
+        SAM's mask decoder that came with it, on a copy: for what is built on SAM. The fields are no part of a SAM.
+
+        Raises:
+            ValueError: with a frequency branch, whose part depends on the image, or with what SAM's decoder is not.
+        """
+        if self.config.frequency_view is not None and not self._adapter_disabled:
+            raise ValueError(
+                f"Expected a model without a frequency branch, got frequency_view={self.config.frequency_view!r}, "
+                "whose part of the encoder no SamModel has: train with frequency_view=None, or disable_adapters() for "
+                "the SAM that it started from."
+            )
+        if self._adapter_disabled:
+            state_dict = self._base_state_dict()
+        else:
+            state_dict = deepcopy(self).merge_and_unload().state_dict()
+        own = ("frequency_branch.", "implicit_decoder.")
+        state_dict = fuse_qkv({key: value for key, value in state_dict.items() if not key.startswith(own)})
+        sam_config = deepcopy(self.config.sam_config)
+        return SamCheckpoint(self.name_or_path, sam_config, state_dict).to_model().to(self.device, self.dtype)
+
     def set_trainable(self) -> None:
         """Sets `requires_grad` of every parameter to what the configuration says is trained."""
         trained = {id(parameter) for part in self._parts().values() for parameter in part}
@@ -331,6 +389,20 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
         elif isinstance(module, FrequencyBranch):
             init.zeros_(module.gates)
+
+    @contextmanager
+    def _copying_decoder_of(self, config: IMedSamConfig) -> Iterator[None]:
+        """While an adapter is put on: PEFT copies the decoder that it finds, which is to have its classes."""
+        wrapper = getattr(self, "implicit_decoder", None)
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            yield
+            return
+        original = wrapper.original_module
+        wrapper.original_module = ImplicitDecoder(config).to(self.device, self.dtype)
+        try:
+            yield
+        finally:
+            wrapper.original_module = original
 
     @property
     def _adapter_disabled(self) -> bool:
@@ -367,6 +439,7 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
 _ADAPTER_NAME = re.compile(r"modules_to_save\.([^.]+)\.|(?<=lora_[AB])\.([^.]+)")
 # What changes the function that an adapter's parameters stand for, and not always their shapes.
 _SHARED_BY_ADAPTERS = (
+    "base_model_sha256",
     "image_size",
     "frequency_view",
     "frequency_log",
@@ -382,8 +455,7 @@ _SHARED_BY_ADAPTERS = (
     "selection_share",
     "selection_lattice",
 )
-_FINDING_KEYS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
-_LOADING_KEYS = _FINDING_KEYS | {"dtype", "attn_implementation"}
+_LOADING_KEYS = FINDING_KEYS | {"dtype", "attn_implementation"}
 # Where in the Hub an adapter is, which says nothing about its base.
 _PLACE_KEYS = {"revision", "subfolder"}
 
@@ -394,8 +466,24 @@ def _adapter_of(name: str) -> str | None:
     return match and (match[1] or match[2])
 
 
-def _only_finding(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if key in _FINDING_KEYS}
+def _load_base(
+    path: str, given: str | os.PathLike | None, finding: dict[str, Any], loading: dict[str, Any]
+) -> SamCheckpoint:
+    """The SAM that the adapter at `path` names, or the one that is given."""
+    adapter = PeftConfig.from_pretrained(path, **finding)
+    base = str(given or adapter.base_model_name_or_path or "")
+    if not base:
+        raise ValueError(
+            f"Expected the adapter at {path} to name the SAM that it belongs to, got no name: "
+            "give base_model_name_or_path."
+        )
+    try:
+        return load_sam(base, **loading, revision=None if given else adapter.revision)
+    except OSError as error:
+        raise OSError(
+            f"Expected {base}, the SAM of the adapter at {path}, as a folder or file, in the cache or on the Hub, "
+            f"got none: give its place as base_model_name_or_path. ({error})"
+        ) from error
 
 
 def _folder_of_whole_model(path: str, finding: dict[str, Any]) -> str | None:

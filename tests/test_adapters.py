@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import SamModel
 
+from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.modeling_imedsam import IMedSamModel
 
 PEFT_WARNING = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
@@ -158,7 +159,9 @@ def test_the_base_can_be_elsewhere(model, inputs, sam_folder, tmp_path):
     model.save_adapter(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/nowhere"}))
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(
+        OSError, match="Expected /nowhere, the SAM of the adapter at .*: give its place as base_model_"
+    ):
         IMedSamModel.from_pretrained(tmp_path / "adapter")
     shutil.copytree(sam_folder, tmp_path / "moved")
     loaded = IMedSamModel.from_pretrained(tmp_path / "adapter", base_model_name_or_path=tmp_path / "moved")
@@ -166,6 +169,69 @@ def test_the_base_can_be_elsewhere(model, inputs, sam_folder, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="to name the SAM that it belongs to, got no name: give base_model_name_or_"):
         IMedSamModel.from_pretrained(tmp_path / "adapter")
+
+
+def test_on_another_base_an_adapter_is_refused(model, sam_folder, tiny_sam, tmp_path):
+    """Also where the shapes are the same, and a single value is another one."""
+    model.save_adapter(tmp_path / "adapter")
+    other = tiny_sam()
+    other.vision_encoder.pos_embed.data[0, 0, 0, 0] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match="Expected the SAM that the adapter was trained on, .* SHA-256 [0-9a-f]{64}, got"
+    ):
+        IMedSamModel.from_pretrained(tmp_path / "adapter", base_model_name_or_path=tmp_path / "other")
+    IMedSamModel.from_sam_pretrained(tmp_path / "other", image_size=64).save_adapter(tmp_path / "adapter of other")
+    with pytest.raises(ValueError, match="Expected an adapter with base_model_sha256 '.*', got '.*' at"):
+        model.load_adapter(str(tmp_path / "adapter of other"), "other")
+
+
+def test_a_base_is_known_by_its_weights_alone(model, tiny_sam, inputs, tmp_path):
+    """In several files, under another name: it is the same SAM."""
+    model.save_adapter(tmp_path / "adapter")
+    tiny_sam().save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    loaded = IMedSamModel.from_pretrained(tmp_path / "adapter", base_model_name_or_path=tmp_path / "sharded")
+    assert torch.equal(masks(loaded, inputs), masks(model, inputs))
+
+
+def test_the_revision_of_a_base_on_the_hub_is_noted(tiny_sam, inputs, tmp_path, monkeypatch):
+    """In the layout of the Hub's cache: an adapter finds the commit that it was trained on, not the newest one."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--sam"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("1" * 40)
+    sam = tiny_sam()
+    for revision in ("0" * 40, "1" * 40):
+        sam.vision_encoder.pos_embed.data += 0.1
+        sam.save_pretrained(repository / "snapshots" / revision)
+    old = {"revision": "0" * 40, "cache_dir": tmp_path}
+    model = IMedSamModel.from_sam_pretrained("someone/sam", image_size=64, **old)
+    model.save_adapter(tmp_path / "adapter")
+    config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert (config.base_model_name_or_path, config.revision) == ("someone/sam", "0" * 40)
+    loaded = IMedSamModel.from_pretrained(tmp_path / "adapter", cache_dir=tmp_path)
+    assert torch.equal(masks(loaded, inputs), masks(model, inputs))
+
+
+@PEFT_WARNING
+def test_an_adapter_on_a_whole_model_belongs_to_its_sam(model, sam_folder, tmp_path):
+    model.save_pretrained(tmp_path / "whole")
+    loaded = IMedSamModel.from_pretrained(tmp_path / "whole")
+    loaded.add_adapter(adapter_name="other")
+    loaded.save_adapter(tmp_path / "adapter")
+    assert PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(sam_folder)
+
+
+def test_of_sam_vit_base_an_adapter_is_small(tmp_path):
+    """At most 7 MB in float32 with one class, whatever SAM weighs."""
+    torch.manual_seed(0)
+    model = IMedSamModel(IMedSamConfig())
+    model.add_adapter()
+    model.save_adapter(tmp_path)
+    files = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert 4 * 1.5e6 < files < 7e6
+    assert sum(p.numel() for p in model.vision_encoder.parameters()) > 80e6
 
 
 @torch.no_grad()
@@ -260,6 +326,30 @@ def test_adapters_on_one_base_are_switched(from_sam, inputs, tmp_path, name):
 
 
 @PEFT_WARNING
+@torch.no_grad()
+def test_tasks_of_other_classes_share_an_encoder(from_sam, inputs, tmp_path):
+    polyps, organs = from_sam(seed=1, id2label={0: "polyp"}), from_sam(seed=2, id2label={0: "liver", 1: "spleen"})
+    polyps.save_adapter(tmp_path / "polyps")
+    organs.save_adapter(tmp_path / "organs")
+    model = IMedSamModel.from_pretrained(tmp_path / "polyps")
+    model.load_adapter(str(tmp_path / "organs"), "organs")
+    base = model.vision_encoder.layers[0].attn.qkv.q_proj.base_layer.weight.data_ptr()
+    for name, task in (("organs", organs), ("default", polyps), ("organs", organs)):
+        model.set_adapter(name)
+        assert model.config.id2label == task.config.id2label and model.config.label2id == task.config.label2id
+        assert torch.equal(masks(model, inputs), masks(task, inputs))
+        labels = {"class_labels": torch.full((2, 2), task.config.num_labels - 1)}
+        assert torch.equal(masks(model, {**inputs, **labels}), masks(task, {**inputs, **labels}))
+    assert model.vision_encoder.layers[0].attn.qkv.q_proj.base_layer.weight.data_ptr() == base
+    assert sum("base_layer.weight" in key for key in model.state_dict()) == 4  # q and v of two layers, once each
+    model.save_adapter(tmp_path / "again")
+    assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path / "again"), inputs), masks(organs, inputs))
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path / "whole"), inputs), masks(polyps, inputs))
+
+
+@PEFT_WARNING
 def test_a_second_new_adapter_starts_at_sam_and_leaves_the_first_alone(model, inputs, tiny_sam):
     first = masks(model, inputs)
     model.add_adapter(adapter_name="other")
@@ -294,12 +384,15 @@ def test_an_adapter_of_another_configuration_is_refused(from_sam, tmp_path, valu
         from_sam().load_adapter(str(tmp_path), "other")
 
 
-def test_a_truncated_adapter_is_refused(model, tmp_path):
-    model.save_adapter(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Exception, match="SafetensorError|incomplete|deserializ|header"):
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_truncated_checkpoint_is_refused(model, tmp_path, whole):
+    model.save_pretrained(tmp_path) if whole else model.save_adapter(tmp_path)
+    path = tmp_path / ("model.safetensors" if whole else "adapter_model.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+        ValueError, match="Expected a whole checkpoint at .*, got a damaged one .*: copy or download it again"
+    ):
         IMedSamModel.from_pretrained(tmp_path)
 
 
@@ -358,3 +451,31 @@ def test_stock_sam_is_what_was_loaded(sam_folder, from_sam):
     for key, value in expected.items():
         if ".qkv." not in key and key != "shared_image_embedding.positional_embedding":
             assert torch.equal(base[key], value), key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "values", [{}, {"train_mask_decoder": True}, {"implicit_decoder": False}, {"lora_rank": 0}], ids=str
+)
+def test_a_stock_sam_has_the_trained_encoder(from_sam, tiny_sam, inputs, tmp_path, values):
+    """And, with implicit_decoder=False, gives the very masks."""
+    model = from_sam(frequency_view=None, **values)
+    model.to_sam().save_pretrained(tmp_path)
+    sam = SamModel.from_pretrained(tmp_path).eval()
+    pixels, boxes = inputs.values()
+    embeddings = model.get_image_embeddings(pixels)
+    assert_close(sam.get_image_embeddings(pixels), embeddings, atol=1e-5, rtol=1e-5)
+    assert ((embeddings - tiny_sam().get_image_embeddings(pixels)).abs().max() > 0.1) == model._hf_peft_config_loaded
+    if not model.config.implicit_decoder:
+        output = sam(pixels, input_boxes=boxes - 0.5, multimask_output=False)
+        assert_close(output.pred_masks, masks(model, inputs), atol=1e-4, rtol=1e-4)
+    again = IMedSamModel.from_sam_pretrained(tmp_path, image_size=64, frequency_view=None)
+    assert_close(again.get_image_embeddings(pixels), embeddings, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_with_a_frequency_branch_there_is_no_stock_sam(model, tiny_sam, inputs):
+    with pytest.raises(ValueError, match="a model without a frequency branch, got frequency_view='amplitude'"):
+        model.to_sam()
+    model.disable_adapters()
+    assert_close(model.to_sam().state_dict(), tiny_sam().state_dict())

@@ -1,5 +1,7 @@
 """The command `imedsam`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,7 +63,6 @@ def predict(
 ) -> None:
     """Segment what is in the boxes: mask, overlay and uncertainty as PNG, and report.json."""
     import torch
-    from safetensors import SafetensorError
 
     from imedsam.training.baselines import load_pipeline
     from imedsam.training.predict import find_images, predict_files, read_boxes
@@ -79,7 +80,7 @@ def predict(
         raise typer.BadParameter(message) from error
     if output.is_dir() and output.resolve() == image.resolve():
         raise typer.BadParameter(f"Expected another folder for the results than that of the images, {image}.")
-    try:
+    with explain_errors():
         images = find_images(image)
         prompts = read_boxes(boxes, images) if boxes is not None else {path: [box] for path in images if box}
         check_model_name("--model", model)
@@ -99,15 +100,21 @@ def predict(
             contours=contours,
             spacing=spacing,
         )
-    except SafetensorError as error:
-        message = f"Expected a whole checkpoint at {model}, got a damaged one ({error}): copy or download it again."
-        raise typer.BadParameter(message) from error
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
     for name, result in report.items():
         for mask in result["masks"]:
             typer.echo(f"{name}: {mask['area']} pixels, score {mask['score']:.3f}")
     typer.echo(f"Masks, pictures and report.json are in {output}.")
+
+
+@contextmanager
+def explain_errors() -> Iterator[None]:
+    """A line instead of a traceback for what the user can mend."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def check_model_name(flag: str, model: str) -> None:
@@ -150,7 +157,6 @@ def evaluate(
 ) -> None:
     """Measure a model on images with masks: metrics.json, tables, plots, and the worst and best cases."""
     from accelerate import PartialState
-    from safetensors import SafetensorError
 
     from imedsam.training.evaluation_report import evaluate_to_folder
 
@@ -159,7 +165,7 @@ def evaluate(
         check_model_name("--compare", compare)
     if spacing is not None and not all(length > 0 for length in spacing):
         raise typer.BadParameter(f"Expected --spacing as a positive width and height, got {spacing}.")
-    try:
+    with explain_errors():
         report = evaluate_to_folder(
             model,
             data,
@@ -176,8 +182,6 @@ def evaluate(
             batch_size=batch_size,
             device=device,
         )
-    except (ValueError, OSError, SafetensorError) as error:
-        raise typer.BadParameter(str(error)) from error
     PartialState().destroy_process_group()
     for setting in report.get("settings", ()):
         typer.echo(setting["title"])
@@ -204,6 +208,31 @@ def parse_jitters(jitters: str) -> list[float]:
     if not values or not all(0 <= value < 0.5 for value in values):
         raise typer.BadParameter(f"Expected --box-jitter as shares in [0, 0.5), with commas, got {jitters!r}.")
     return values
+
+
+@app.command()
+def convert(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Original file of SAM, MedSAM or SAM-Med2D (.pth), or the folder or Hub name of a trained model "
+            "without a frequency branch."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder, for SamModel.from_pretrained.")],
+) -> None:
+    """Write a stock SamModel folder: of a checkpoint of the SAM family, or of an encoder that was trained here."""
+    from imedsam.training.convert import convert_to_folder
+
+    with explain_errors():
+        if not Path(model).is_file():
+            check_model_name("--model", model)
+        sam = convert_to_folder(model, output)
+    vision = sam.config.vision_config
+    typer.echo(
+        f"{output}: {vision.num_hidden_layers} blocks of width {vision.hidden_size}, {vision.image_size} x "
+        f"{vision.image_size} pixels; SamModel.from_pretrained and IMedSamModel.from_sam_pretrained take it."
+    )
 
 
 @app.command()

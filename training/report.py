@@ -3,7 +3,9 @@
 import json
 import math
 import platform
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -52,6 +54,25 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """
+    A folder to write into that is at `path` once all of it is written: whatever stops the process, there is none or a
+    whole one.
+
+    Raises:
+        ValueError: something is there.
+    """
+    if path.is_file() or path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"Expected a new folder, got {path}, which holds something: move it away or choose another.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        folder = Path(temporary, path.name)
+        folder.mkdir()
+        yield folder
+        folder.replace(path)
 
 
 def plot_curves(history: list[dict], path: Path) -> None:

@@ -1,0 +1,35 @@
+"""Checkpoints of the SAM family, and encoders that were trained here, as stock `SamModel` folders."""
+
+import os
+from pathlib import Path
+
+from transformers import SamModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from imedsam.configuration.configuration_imedsam import IMedSamConfig
+from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.sam_checkpoints import load_sam
+from imedsam.training.report import new_folder
+
+
+def convert_to_folder(model: str, output: Path) -> SamModel:
+    """
+    Writes a folder that `SamModel.from_pretrained` loads.
+
+    Args:
+        model: an original file of SAM, MedSAM or SAM-Med2D; a `SamModel`; or an I-MedSAM without a frequency branch,
+            whose LoRA is merged (see `IMedSamModel.to_sam`).
+        output: a new folder.
+    """
+    with new_folder(output) as folder:
+        sam = to_sam(model)
+        sam.save_pretrained(folder)
+    return sam
+
+
+def to_sam(model: str) -> SamModel:
+    if not os.path.isfile(model):
+        model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
+        if model_type == IMedSamConfig.model_type:
+            return IMedSamModel.from_pretrained(model).to_sam()
+    return load_sam(model).to_model()
