@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -28,6 +29,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     cached_file,
     find_adapter_config_file,
+    logging,
 )
 
 from imedsam.configuration.configuration_imedsam import CONFIGURATION_KEYS, IMedSamConfig
@@ -66,9 +68,9 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         ("mask decoder", r"mask_decoder\.(?!output_hypernetworks_mlps|iou_prediction_head)"),
     ]
 
-    def __init__(self, config: IMedSamConfig):
+    def __init__(self, config: Any):
         super().__init__(config)
-        self._adapter_classes: dict[str, dict[int, str]] = {}  # `id2label` by the name of the adapter
+        self._adapter_classes: dict[str, Any] = {}  # `id2label` by the name of the adapter
 
     @classmethod
     def from_sam_pretrained(
@@ -89,6 +91,7 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         sam_config = sam.config.to_dict()
         sam_config["vision_config"]["image_size"] = sam_config["prompt_encoder_config"]["image_size"] = image_size
         sam_config["prompt_encoder_config"].pop("image_embedding_size", None)
+        sam_config.pop("_name_or_path", None)  # a folder of this machine, which others need not know
         config = cls.config_class(sam_config=sam_config, **kwargs)
         model = cls._on_sam(sam, config, loading.get("dtype"), loading.get("attn_implementation"))
         if config.lora_rank > 0:
@@ -184,8 +187,9 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
                 f"Expected SAM's weights at {sam.name}, got missing {missing} and unexpected {unexpected}."
             )
         model.name_or_path, model._base_revision = sam.name, sam.revision
-        dtype = config.dtype if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return model if dtype is None else model.to(dtype)
+        if isinstance(dtype, str):
+            dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        return model if dtype is None else nn.Module.to(model, dtype)
 
     def save_pretrained(  # type: ignore[override]  # names the arguments that it uses
         self,
@@ -242,17 +246,15 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         Args:
             adapter_config: by default the one that the configuration describes.
         """
-        others = list(self.peft_config.values()) if self._hf_peft_config_loaded else []
+        others: list[Any] = list(self.peft_config.values()) if self._hf_peft_config_loaded else []
         adapter_config = adapter_config or get_peft_config(self.config)
-        with self._copying_decoder_of(self.config):
+        with self._copying_decoder_of(self.config), _unsurprised():
             super().add_adapter(adapter_config, adapter_name)
         self._adapter_classes[adapter_name or "default"] = self.config.id2label
         adapter_config.revision = self._base_revision
         for other in others[:1]:  # on the same SAM, also where this model is known by another name
-            adapter_config.base_model_name_or_path, adapter_config.revision = (
-                other.base_model_name_or_path,
-                other.revision,
-            )
+            adapter_config.base_model_name_or_path = other.base_model_name_or_path
+            adapter_config.revision = other.revision
 
     def load_adapter(
         self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
@@ -278,7 +280,7 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
                         f"Expected an adapter with {key} {getattr(self.config, key)!r}, got {getattr(other, key)!r} "
                         f"at {peft_model_id}: load it by itself with from_pretrained."
                     )
-        with self._copying_decoder_of(other):
+        with self._copying_decoder_of(other), _unsurprised():
             info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         # transformers counts other adapters' parameters as missing too.
         missing = [key for key in info.missing_and_mismatched() if _adapter_of(key) == (adapter_name or "default")]
@@ -303,8 +305,9 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
     def set_adapter(self, adapter_name: list[str] | str) -> None:
         """Makes another loaded adapter the active one, with its classes."""
         super().set_adapter(adapter_name)
-        self.config.id2label = dict(self._adapter_classes.get(self.active_adapters()[0], self.config.id2label))
-        self.config.label2id = {name: index for index, name in self.config.id2label.items()}
+        classes: Any = self._adapter_classes.get(self.active_adapters()[0], self.config.id2label)
+        self.config.id2label = dict(classes)
+        self.config.label2id = {name: index for index, name in classes.items()}
         self.set_trainable()
 
     def enable_adapters(self) -> None:
@@ -358,7 +361,8 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         own = ("frequency_branch.", "implicit_decoder.")
         state_dict = fuse_qkv({key: value for key, value in state_dict.items() if not key.startswith(own)})
         sam_config = deepcopy(self.config.sam_config)
-        return SamCheckpoint(self.name_or_path, sam_config, state_dict).to_model().to(self.device, self.dtype)
+        sam: nn.Module = SamCheckpoint(str(self.name_or_path), sam_config, state_dict).to_model()
+        return cast(SamModel, sam.to(self.device, self.dtype))
 
     def set_trainable(self) -> None:
         """Sets `requires_grad` of every parameter to what the configuration says is trained."""
@@ -458,6 +462,23 @@ _SHARED_BY_ADAPTERS = (
 _LOADING_KEYS = FINDING_KEYS | {"dtype", "attn_implementation"}
 # Where in the Hub an adapter is, which says nothing about its base.
 _PLACE_KEYS = {"revision", "subfolder"}
+
+
+@contextmanager
+def _unsurprised() -> Iterator[None]:
+    """
+    Without what PEFT and transformers say of a further adapter: that there is one already, whose weights are not
+    in its file. What is missing is refused in `load_adapter`.
+    """
+    logger = logging.get_logger("transformers.integrations.peft")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _adapter_of(name: str) -> str | None:

@@ -13,8 +13,6 @@ from transformers import SamModel
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.modeling_imedsam import IMedSamModel
 
-PEFT_WARNING = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-
 
 @pytest.fixture
 def model(from_sam):
@@ -214,7 +212,6 @@ def test_the_revision_of_a_base_on_the_hub_is_noted(tiny_sam, inputs, tmp_path, 
     assert torch.equal(masks(loaded, inputs), masks(model, inputs))
 
 
-@PEFT_WARNING
 def test_an_adapter_on_a_whole_model_belongs_to_its_sam(model, sam_folder, tmp_path):
     model.save_pretrained(tmp_path / "whole")
     loaded = IMedSamModel.from_pretrained(tmp_path / "whole")
@@ -298,7 +295,6 @@ def test_loaded_merged_and_saved_over_itself(model, inputs, tmp_path, whole):
     assert_close(masks(loaded, inputs), expected, atol=2e-3, rtol=2e-3)
 
 
-@PEFT_WARNING
 @pytest.mark.parametrize("name", ["second", "default-2", "default_2", "def"])
 def test_adapters_on_one_base_are_switched(from_sam, inputs, tmp_path, name):
     """Each equals its own model and is trained alone, whatever the names have in common."""
@@ -325,7 +321,6 @@ def test_adapters_on_one_base_are_switched(from_sam, inputs, tmp_path, name):
     assert_close(masks(model.merge_and_unload(), inputs), second, atol=2e-3, rtol=2e-3)
 
 
-@PEFT_WARNING
 @torch.no_grad()
 def test_tasks_of_other_classes_share_an_encoder(from_sam, inputs, tmp_path):
     polyps, organs = from_sam(seed=1, id2label={0: "polyp"}), from_sam(seed=2, id2label={0: "liver", 1: "spleen"})
@@ -349,7 +344,6 @@ def test_tasks_of_other_classes_share_an_encoder(from_sam, inputs, tmp_path):
     assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path / "whole"), inputs), masks(polyps, inputs))
 
 
-@PEFT_WARNING
 def test_a_second_new_adapter_starts_at_sam_and_leaves_the_first_alone(model, inputs, tiny_sam):
     first = masks(model, inputs)
     model.add_adapter(adapter_name="other")
@@ -363,7 +357,6 @@ def test_a_second_new_adapter_starts_at_sam_and_leaves_the_first_alone(model, in
     assert torch.equal(masks(model, inputs), first)
 
 
-@PEFT_WARNING
 @pytest.mark.parametrize(
     "values, message",
     [

@@ -43,6 +43,13 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
+def save_tiny_sam(folder):
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64, "image_size": 64}
+    vision |= {"global_attn_indexes": [1], "initializer_range": 0.02, "scale": 1.0}
+    torch.manual_seed(0)
+    SamModel(SamConfig(vision_config=vision, prompt_encoder_config={"image_size": 64})).save_pretrained(folder)
+
+
 def test_demo_is_ahead_of_its_floors(workplace):
     results = json.loads((workplace / "outputs/demo/demo.json").read_text())
     assert results["this model"]["dice"] >= 0.92
@@ -71,6 +78,10 @@ def test_closed_form_ranks_points_as_monte_carlo_does(workplace):
 
 
 def test_readme_python_blocks_run_as_printed(workplace):
+    save_tiny_sam(workplace / "sam")
+    for name, classes in {"polyps": 1, "organs": 3}.items():
+        model = IMedSamModel.from_sam_pretrained(workplace / "sam", image_size=64, num_labels=classes)
+        model.save_adapter(workplace / "adapters" / name)
     code = "\n".join(blocks("python"))
     code += "\nassert torch.equal(torch.from_numpy(mask), masks.logits[0, 0, 0] > 0)"
     assert "expected Dice 0." in run([sys.executable, "-c", code], workplace)
@@ -87,21 +98,7 @@ def test_readme_bash_blocks_run_as_printed(workplace):
         image = np.clip(mask[..., None] / 2 + rng.normal(60, 20, (40, 40, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(image).save(workplace / f"path/to/folder/images/{name}.png")
         Image.fromarray(mask).save(workplace / f"path/to/folder/masks/{name}.png")
-    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64}
-    torch.manual_seed(0)
-    SamModel(
-        SamConfig(
-            vision_config={
-                **vision,
-                "image_size": 64,
-                "global_attn_indexes": [1],
-                "initializer_range": 0.02,
-                "scale": 1.0,
-            },
-            prompt_encoder_config={"image_size": 64},
-        )
-    ).save_pretrained(workplace / "facebook/sam-vit-base")
-
+    save_tiny_sam(workplace / "facebook/sam-vit-base")
     commands = [block for block in blocks("bash") if not block.startswith("make ")]
     assert {command.split()[0] for command in commands} == {"imedsam", "accelerate"}
     for command in commands:

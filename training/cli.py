@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -211,6 +211,78 @@ def parse_jitters(jitters: str) -> list[float]:
 
 
 @app.command()
+def publish(
+    model: Annotated[str, typer.Option(help="Folder that a training left.")],
+    repo: Annotated[str, typer.Option(help="user/name on the Hub.")],
+    license: Annotated[str, typer.Option(help="Of the weights, as the Hub names it: apache-2.0, cc-by-nc-4.0, ...")],
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder that `imedsam evaluate` left, for the card; several times if many."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help='What it segments, such as "polyps in colonoscopy".')] = None,
+    data_terms: Annotated[str | None, typer.Option(help="Where the training data are from, on which terms.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG for the card, such as a report's best.png, if its images may be shown.")
+    ] = None,
+    adapter: Annotated[bool, typer.Option(help="What was trained alone: a few MB, which need their SAM.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="The SAM that it was trained from on the Hub, if from a copy.")
+    ] = None,
+    with_code: Annotated[bool, typer.Option(help="Loadable without this package, with trust_remote_code.")] = False,
+    private: Annotated[bool, typer.Option(help="A new repository that others do not see.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; the main one by default.")] = None,
+    update: Annotated[
+        bool, typer.Option(help="Replace what is in a repository that exists, by a commit on top.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Write the folder and say what would be sent, without the Hub.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder to keep what is sent in.")] = None,
+) -> None:
+    """Put a trained model on the Hub: weights or adapter, processor, model card, metrics, a picture."""
+    import tempfile
+
+    from imedsam.training.model_card import Publication
+    from imedsam.training.publish import prepare_folder, upload
+
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise typer.BadParameter(f"Expected --repo as user/name, got {repo!r}.")
+    if dry_run and output is None:
+        raise typer.BadParameter("Expected a folder for what would be sent with --dry-run: add -o FOLDER.")
+    publication = Publication(repo, license, task, data_terms, base_model, with_code=with_code)
+    with explain_errors(), tempfile.TemporaryDirectory() as temporary:
+        folder = output or Path(temporary, "model")
+        files = prepare_folder(model, folder, publication, reports=report or (), picture=picture, adapter=adapter)
+        for path in files:
+            typer.echo(f"{path.stat().st_size / 1e6:9.3f} MB  {path.relative_to(folder)}")
+        if dry_run:
+            typer.echo(f"Nothing was sent. What would be is in {folder}.")
+            return
+        url = upload(folder, repo, private=private, revision=revision, update=update)
+    typer.echo(f"Sent to {url}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Option(help="Folder or Hub name of a trained model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder.")],
+    file_format: Annotated[
+        Literal["onnx", "torch"], typer.Option("--format", help="ONNX, or what torch.export.load takes.")
+    ] = "onnx",
+    int8: Annotated[bool, typer.Option(help="The encoder's products in 8-bit integers, for CPUs.")] = False,
+) -> None:
+    """Write a model as files that run without this package: encoder, prompts, and the field at given points."""
+    from imedsam.training.export import export_to_folder
+
+    check_model_name("--model", model)
+    with explain_errors():
+        difference = export_to_folder(model, output, file_format=file_format, int8=int8)
+    for path in sorted(output.iterdir()):
+        typer.echo(f"{path.stat().st_size / 1e6:9.3f} MB  {path.name}")
+    typer.echo(f"Logits differ by at most {difference:.0e}{' before the encoder was quantised' if int8 else ''}.")
+
+
+@app.command()
 def convert(
     model: Annotated[
         str,
@@ -228,7 +300,7 @@ def convert(
         if not Path(model).is_file():
             check_model_name("--model", model)
         sam = convert_to_folder(model, output)
-    vision = sam.config.vision_config
+    vision: Any = sam.config.vision_config
     typer.echo(
         f"{output}: {vision.num_hidden_layers} blocks of width {vision.hidden_size}, {vision.image_size} x "
         f"{vision.image_size} pixels; SamModel.from_pretrained and IMedSamModel.from_sam_pretrained take it."

@@ -20,8 +20,9 @@ from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.training.evaluation import evaluate_masks, floor_metrics
 from imedsam.training.examples import Examples, load_examples
 from imedsam.training.metrics import MetricTable, box_from_mask, otsu_in_box, segmentation_metrics
+from imedsam.training.model_card import markdown_table
 from imedsam.training.pictures import overlay, save_sheet, uncertainty_picture
-from imedsam.training.report import markdown_table, write_json
+from imedsam.training.report import write_json
 from imedsam.training.train import main as train
 
 SEED = 0

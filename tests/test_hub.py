@@ -1,0 +1,177 @@
+"""Publishing and loading with the real client, against a Hub on this machine; every command in a fresh process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from hub_server import HubServer
+from transformers import SamModel
+
+from imedsam.training import train
+from imedsam.training.baselines import load_pipeline
+
+pytestmark = pytest.mark.slow
+
+REPO = "tester/lesions"
+BOX = [8.0, 12.0, 50.0, 44.0]
+IMEDSAM = [sys.executable, "-m", "imedsam.training.cli"]
+
+
+@pytest.fixture(scope="module")
+def trained(sam_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub") / "lesions"
+    flags = f"--model_name_or_path {sam_folder} --dataset_name phantoms --output_dir {folder} --image_size 64 "
+    flags += "--phantom_size 64 --num_train_images 4 --num_eval_images 2 --num_points 100 --evaluation_size 32 "
+    flags += "--num_train_epochs 1 --config coarse_widths=[32,32] fine_widths=[32,32] selection_lattice=8"
+    train.main(flags.split())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return folder
+
+
+@pytest.fixture
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+def run(hub, home, command, token="hf_test", endpoint=None, **environment):
+    """A command in a process that knows this Hub alone; its exit status and what it says, in one line."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    kept |= {"HF_ENDPOINT": endpoint or hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    kept |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    kept |= {"COLUMNS": "500", **({"HF_TOKEN": token} if token else {}), **environment}
+    done = subprocess.run(command, env=kept, capture_output=True, text=True)
+    return done.returncode, " ".join((done.stdout + done.stderr).replace("│", " ").split())
+
+
+def publish(hub, home, trained, *arguments, repo=REPO, **options):
+    command = [*IMEDSAM, "publish", "--model", trained, "--repo", repo, "--license", "mit", *arguments]
+    return run(hub, home, list(map(str, command)), **options)
+
+
+def masks_of(hub, home, name, path, **options):
+    """Logits of the model of that name on the Hub, loaded in a fresh process."""
+    image = "Image.fromarray((np.arange(64 * 64 * 3) % 251).astype(np.uint8).reshape(64, 64, 3))"
+    code = f"""
+import numpy as np
+from PIL import Image
+from imedsam import IMedSamPipeline
+pipeline = IMedSamPipeline.from_pretrained({name!r}, **{options.pop("arguments", {})})
+np.save({str(path)!r}, pipeline({image}, input_boxes=[{BOX}]).logits)
+"""
+    status, said = run(hub, home, [sys.executable, "-c", code], **options)
+    assert status == 0, said
+    return np.load(path)
+
+
+def expected_masks(trained):
+    from PIL import Image
+
+    image = Image.fromarray((np.arange(64 * 64 * 3) % 251).astype(np.uint8).reshape(64, 64, 3))
+    return load_pipeline(trained)(image, input_boxes=[BOX]).logits
+
+
+def read_folder(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_a_model_is_sent_and_loaded(hub, trained, tmp_path):
+    status, said = publish(hub, tmp_path / "home", trained, "--private", "-o", tmp_path / "sent")
+    assert status == 0 and f"Sent to {hub.endpoint}/{REPO}/commit/" in said, said
+    sent = hub.files(REPO)
+    sent.pop(".gitattributes")
+    assert sent == read_folder(tmp_path / "sent") and len(sent) == 5
+    assert hub.repos[REPO].private and len(hub.repos[REPO].commits) == 2  # the first is the Hub's own
+    expected = expected_masks(trained)
+    found = masks_of(hub, tmp_path / "other", REPO, tmp_path / "masks.npy")
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+    status, said = publish(hub, tmp_path / "home", trained)
+    assert status == 2 and f"Expected a new repository, got {REPO}, which exists: add --update" in said
+    assert len(hub.repos[REPO].commits) == 2
+    # An adapter on top of the whole model: weights that stayed would be loaded in its place.
+    status, said = publish(
+        hub, tmp_path / "home", trained, "--update", "--adapter", "--base-model", "tester/sam", "--revision", "adapter"
+    )
+    assert status == 0, said
+    assert "model.safetensors" in hub.files(REPO) and "model.safetensors" not in hub.files(REPO, "adapter")
+    assert "adapter_model.safetensors" in hub.files(REPO, "adapter")
+
+
+def test_an_adapter_finds_its_sam_on_the_hub_and_no_other(hub, trained, sam_folder, tmp_path):
+    code = (
+        f"from transformers import SamModel; SamModel.from_pretrained({str(sam_folder)!r}).push_to_hub('tester/sam')"
+    )
+    status, said = run(hub, tmp_path / "home", [sys.executable, "-c", code])
+    assert status == 0, said
+    status, said = publish(hub, tmp_path / "home", trained, "--adapter", "--base-model", "tester/sam")
+    assert status == 0, said
+    expected = expected_masks(trained)
+    found = masks_of(hub, tmp_path / "other", REPO, tmp_path / "masks.npy")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    requests = len(hub.requests)
+    again = masks_of(hub, tmp_path / "other", REPO, tmp_path / "masks.npy", HF_HUB_OFFLINE="1")
+    assert np.array_equal(again, found) and len(hub.requests) == requests
+
+    other = SamModel.from_pretrained(sam_folder)
+    other.vision_encoder.pos_embed.data += 0.1
+    other.save_pretrained(tmp_path / "other sam")
+    code = f"from transformers import SamModel; SamModel.from_pretrained({str(tmp_path / 'other sam')!r})"
+    status, said = run(hub, tmp_path / "home", [sys.executable, "-c", f"{code}.push_to_hub('tester/sam')"])
+    assert status == 0, said
+    code = f"from imedsam import IMedSamModel; IMedSamModel.from_pretrained({REPO!r})"
+    status, said = run(hub, tmp_path / "third", [sys.executable, "-c", code])
+    assert status == 1 and "Expected the SAM that the adapter was trained on" in said
+
+
+def test_transformers_own_words(hub, trained, tmp_path):
+    code = f"""
+import torch
+from imedsam import IMedSamModel, IMedSamProcessor
+from transformers import AutoModel, AutoProcessor
+model = IMedSamModel.from_pretrained({str(trained)!r}).merge_and_unload()
+print(model.push_to_hub({REPO!r}, private=True))
+IMedSamProcessor.from_pretrained({str(trained)!r}).push_to_hub({REPO!r})
+loaded = AutoModel.from_pretrained({REPO!r})
+assert type(loaded) is IMedSamModel and type(AutoProcessor.from_pretrained({REPO!r})) is IMedSamProcessor
+for key, value in model.state_dict().items():
+    assert torch.equal(loaded.state_dict()[key], value), key
+"""
+    status, said = run(hub, tmp_path / "home", [sys.executable, "-c", code])
+    assert status == 0, said
+    assert {"config.json", "model.safetensors", "processor_config.json", "README.md"} <= hub.files(REPO).keys()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"token": None}, "Expected a token to write to the Hub with, got none: `hf auth login`"),
+        ({"token": "hf_wrong"}, "got status 401: the token is not known"),
+        ({"endpoint": "http://127.0.0.1:9"}, "Expected to reach the Hub, got"),
+        ({"HF_HUB_OFFLINE": "1"}, "got HF_HUB_OFFLINE=1: unset it to publish"),
+    ],
+    ids=["no token", "wrong token", "no network", "offline"],
+)
+def test_what_keeps_it_from_the_hub_is_named(hub, trained, tmp_path, options, message):
+    status, said = publish(hub, tmp_path / "home", trained, **options)
+    assert status == 2 and message in said
+    assert REPO not in hub.repos
+
+
+@pytest.mark.parametrize("part", ["/lfs/", "/commit/"])
+def test_a_failed_upload_leaves_nothing_half_made(hub, trained, tmp_path, part):
+    hub.fail("PUT" if part == "/lfs/" else "POST", part, status=507)  # which the client does not try again
+    status, said = publish(hub, tmp_path / "home", trained)
+    assert status == 2 and "try again; what is there is as it was" in said
+    assert set(hub.files(REPO)) == {".gitattributes"}
+    hub.heal()
+    status, said = publish(hub, tmp_path / "home", trained)
+    assert status == 0, said
+    assert json.loads(hub.files(REPO)["config.json"])["model_type"] == "imedsam"
+    assert len(hub.files(REPO)["model.safetensors"]) > 1e5

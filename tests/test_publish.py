@@ -1,0 +1,203 @@
+"""What is published: complete, loadable by others, and without a word of the machine and the people it came from."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from clean_site import make_site, run_in_site
+from PIL import Image
+from typer.testing import CliRunner
+
+from imedsam import IMedSamModel, IMedSamPipeline
+from imedsam.training import train
+from imedsam.training.baselines import load_pipeline
+from imedsam.training.cli import app
+from imedsam.training.evaluation_report import evaluate_to_folder
+from imedsam.training.examples import load_examples
+from imedsam.training.remote_code import collect_modules, flatten_imports
+
+SMALL = "--config coarse_widths=[32,32] fine_widths=[32,32] coarse_features=16 fine_head_width=16 selection_lattice=8"
+BOX = [8.0, 12.0, 50.0, 44.0]
+
+
+@pytest.fixture(scope="module")
+def trained(sam_folder, tmp_path_factory):
+    """A training's folder, and the report of an evaluation of it."""
+    folder = tmp_path_factory.mktemp("somebody") / "lesions"
+    flags = f"--model_name_or_path {sam_folder} --dataset_name phantoms --output_dir {folder} --image_size 64 "
+    flags += "--phantom_size 64 --num_train_images 4 --num_eval_images 2 --num_points 100 --evaluation_size 32 "
+    train.main([*flags.split(), *"--num_train_epochs 1 --per_device_train_batch_size 2".split(), *SMALL.split()])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    evaluate_to_folder(str(folder), "phantoms", folder.parent / "report", num_images=3, sizes=(None, 64))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+def publish(*arguments, model, license="cc-by-nc-4.0"):
+    command = ["publish", "--model", model, "--repo", "somebody/lesions", "--license", license, *arguments]
+    return CliRunner().invoke(app, list(map(str, command)))
+
+
+def prepare(trained, output, *arguments):
+    """A dry run's folder."""
+    result = publish("--dry-run", "-o", output, *arguments, model=trained)
+    assert result.exit_code == 0, result.output
+    assert f"What would be is in {output}" in " ".join(result.output.split())
+    return output
+
+
+def words(result):
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def image():
+    return load_examples("phantoms", "test", num_images=1, image_size=64)[0]["image"]
+
+
+def masks(pipeline):
+    return pipeline(image(), input_boxes=[BOX]).logits
+
+
+def test_a_whole_model_needs_nothing_else(trained, tmp_path):
+    folder = prepare(trained, tmp_path / "out")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"README.md", "config.json", "metrics.json", "model.safetensors", "processor_config.json"}
+    expected = masks(load_pipeline(trained))
+    np.testing.assert_allclose(masks(IMedSamPipeline.from_pretrained(folder)), expected, atol=1e-4)
+
+
+def test_an_adapter_is_what_was_trained(trained, sam_folder, tmp_path):
+    result = publish("--adapter", "--dry-run", "-o", tmp_path / "local", model=trained)
+    assert result.exit_code == 2 and not (tmp_path / "local").exists()
+    assert f"an adapter whose SAM others find on the Hub, got one on {sam_folder}".replace(" ", "") in words(
+        result
+    ).replace(" ", "")
+    folder = prepare(trained, tmp_path / "out", "--adapter", "--base-model", "somebody/sam")
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "config.json", "processor_config.json"}
+    assert "model.safetensors" not in names
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "somebody/sam"
+    assert "base_model: somebody/sam" in (folder / "README.md").read_text()
+    loaded = IMedSamModel.from_pretrained(folder, base_model_name_or_path=sam_folder)
+    expected = IMedSamModel.from_pretrained(trained)
+    values = loaded.state_dict()
+    for key, value in expected.state_dict().items():
+        if "original_module." not in key or "prompt_encoder" in key:  # which is SAM's, where others idle
+            assert torch.equal(values[key], value), key
+
+
+def test_nothing_tells_whose_images_and_which_machine(trained, tmp_path):
+    """No path, and of the objects their means alone: a file's name may be a patient's."""
+    report = trained.parent / "report"
+    folder = prepare(trained, tmp_path / "out", "--report", report, "--with-code")
+    objects = [row["name"] for row in json.loads((trained / "metrics.json").read_text())["validation_objects"]]
+    assert len(objects) == 2
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".md"):
+            text = path.read_text()
+            assert str(trained.parent) not in text and "/tmp" not in text, path
+            assert not any(name in text for name in objects), path
+
+
+def test_the_card(trained, tmp_path):
+    report, picture = trained.parent / "report", tmp_path / "shown.png"
+    Image.new("RGB", (20, 10)).save(picture)
+    said = ["--task", "lesions in drawings", "--data-terms", "drawn, free for all", "--picture", picture]
+    folder = prepare(trained, tmp_path / "out", "--report", report, *said)
+    card = (folder / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["license"] == "cc-by-nc-4.0" and head["library_name"] == "imedsam"
+    evaluation = json.loads((report / "metrics.json").read_text())
+    means = evaluation["settings"][0]["methods"]["lesions"]["mean"]
+    (results,) = (entry["results"] for entry in head["model-index"])
+    values = {metric["type"]: metric["value"] for metric in results[0]["metrics"]}
+    assert values["dice"] == round(100 * means["dice"], 2) and values["hd95"] == round(means["hd95"], 2)
+    assert results[0]["dataset"]["split"] == "test"
+    for text in (
+        "lesions in drawings",
+        "drawn, free for all",
+        "![What it gives](picture.png)",
+        "Intended use",
+        "limits",
+    ):
+        assert text in card
+    for setting in evaluation["settings"]:
+        assert f"| phantoms, test (3 images), {setting['title']} |" in card
+        for name, method in setting["methods"].items():
+            row = f"| {'this model' if name == 'lesions' else name} | {100 * method['mean']['dice']:.1f} |"
+            assert row in card
+    assert (folder / "picture.png").read_bytes() == picture.read_bytes()
+    usage = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert len([line for line in usage.splitlines() if line]) == 5
+    image().save(tmp_path / "image.png")
+    usage = usage.replace("somebody/lesions", str(folder)).replace("image.png", str(tmp_path / "image.png"))
+    names = dict(zip(("x0", "y0", "x1", "y1"), BOX, strict=True))
+    exec(usage, names)
+    assert names["mask"].shape == (64, 64)
+
+
+def test_the_code_comes_with_it(trained, tmp_path):
+    """Loaded in a process that has transformers, peft, torch, numpy and pillow alone, and saved again."""
+    folder = prepare(trained, tmp_path / "out", "--with-code")
+    pixels = np.asarray(image().convert("RGB"))
+    np.save(tmp_path / "image.npy", pixels)
+    site = make_site(tmp_path / "site", "transformers", "peft", "torch", "numpy", "pillow")
+    card = (folder / "README.md").read_text()
+    usage = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("somebody/lesions", str(folder))
+    code = f"""
+import importlib.util, numpy, torch
+assert importlib.util.find_spec("imedsam") is None and importlib.util.find_spec("monai") is None
+image = numpy.load({str(tmp_path / "image.npy")!r})
+x0, y0, x1, y1 = {BOX}
+{usage}
+numpy.save({str(tmp_path / "masks.npy")!r}, outputs.pred_masks.detach().numpy())
+print(tuple(masks[0].shape), type(model).__module__.split(".")[0])
+model.save_pretrained({str(tmp_path / "again")!r})
+processor.save_pretrained({str(tmp_path / "again")!r})
+again = AutoModel.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+assert torch.equal(again(**inputs).pred_masks, outputs.pred_masks)
+"""
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    assert run_in_site(site, code, **environment).strip() == "(1, 1, 64, 64) transformers_modules"
+    pipeline = IMedSamPipeline.from_pretrained(folder)
+    inputs = pipeline.processor(pixels, input_boxes=[[BOX]], return_tensors="pt")
+    with torch.no_grad():
+        expected = pipeline.model(**inputs).pred_masks.numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "masks.npy"), expected, atol=1e-4)
+
+
+def test_imports_are_flattened():
+    source = "from imedsam.a.b import (\n    c,\n)\nimport torch\n\ndef f():\n    from imedsam.d import e\n"
+    expected = "from .b import (\n    c,\n)\nimport torch\n\ndef f():\n    from .d import e\n"
+    assert flatten_imports(source) == expected
+    with pytest.raises(ValueError, match="Expected a module of its own file, got imedsam.training"):
+        collect_modules({"imedsam.training"})
+
+
+def test_an_adapter_and_a_baseline_have_no_code_of_their_own(trained, tmp_path):
+    arguments = ["--adapter", "--base-model", "somebody/sam", "--with-code", "--dry-run", "-o", tmp_path / "out"]
+    result = publish(*arguments, model=trained)
+    assert result.exit_code == 2 and "Expected a whole I-MedSAM to publish with its code" in words(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_training_and_no_report_is_refused(trained, sam_folder, tmp_path):
+    result = publish("--dry-run", "-o", tmp_path / "out", model=sam_folder)
+    assert result.exit_code == 2 and "Expected the metrics.json of a finished training" in words(result)
+    result = publish("--dry-run", "-o", tmp_path / "out", "--report", trained, model=trained)
+    assert result.exit_code == 2 and "Expected the report of an evaluation in" in words(result)
+    other = tmp_path / "other"
+    other.mkdir()
+    report = json.loads((trained.parent / "report" / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps({**report, "model": "elsewhere/kidneys"}))
+    result = publish("--dry-run", "-o", tmp_path / "out", "--report", other, model=trained)
+    assert result.exit_code == 2 and "got one on elsewhere/kidneys" in words(result)
+    for arguments, message in (([], "add -o FOLDER"), (["-o", trained], "Expected a new folder")):
+        result = publish("--dry-run", *arguments, model=trained)
+        assert result.exit_code == 2 and message in words(result)
+    assert not (tmp_path / "out").exists()

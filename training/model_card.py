@@ -1,0 +1,262 @@
+"""The model card: what a model is, what it scores, how to use it, and what it is not for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.training.baselines import METHODS
+
+# Title, factor.
+COLUMNS = {
+    "dice": ("Dice", 100),
+    "iou": ("IoU", 100),
+    "hd": ("HD ({unit})", 1),
+    "hd95": ("HD95 ({unit})", 1),
+    "nsd": ("NSD at {tolerance}", 100),
+}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """
+    What a publisher says of a model beside what its files say.
+
+    Args:
+        repo_id: user/name on the Hub.
+        license: of the weights, as the Hub names it: apache-2.0, cc-by-nc-4.0, other, ...
+        task: what is segmented in what, in a few words.
+        data_terms: where the training data are from, and on which terms.
+        base_model: name on the Hub of the SAM that it was trained from, if it was trained from a copy.
+        evaluations: what the metrics.json of `imedsam evaluate` hold.
+        picture: a file beside the card.
+        with_code: it can be loaded without this package.
+    """
+
+    repo_id: str
+    license: str
+    task: str | None = None
+    data_terms: str | None = None
+    base_model: str | None = None
+    evaluations: Sequence[Mapping] = ()
+    picture: str | None = None
+    with_code: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.repo_id.rpartition("/")[2]
+
+
+def model_card(report: Mapping, publication: Publication | None = None) -> str:
+    """
+    Args:
+        report: what the metrics.json of a training holds.
+        publication: what there is to say on the Hub; None for the folder of a training.
+    """
+    arguments = report["arguments"]
+    dataset, method = arguments["dataset_name"], METHODS[arguments["method"]]
+    base = (publication and publication.base_model) or arguments["model_name_or_path"]
+    name = publication.name if publication else Path(arguments["output_dir"]).resolve().name
+    is_model = method.model_class is IMedSamModel
+    results = [_training_results(report)] if not (publication and publication.evaluations) else []
+    results += [_evaluation_results(evaluation) for evaluation in (publication.evaluations if publication else ())]
+    return CARD.format(
+        head=_metadata(report, publication, name, base),
+        name=name,
+        method=method.description,
+        usage=(USAGE if is_model else BASELINE_USAGE).format(
+            repo=publication.repo_id if publication else f"path/to/{name}"
+        ),
+        without_package=WITHOUT_PACKAGE.format(repo=publication.repo_id)
+        if publication and publication.with_code
+        else "",
+        task=f" Its task: {publication.task}." if publication and publication.task else "",
+        picture=f"![What it gives]({publication.picture})\n\n" if publication and publication.picture else "",
+        dataset=shown_name(dataset),
+        base=shown_name(base),
+        image_size=report["image_size"],
+        classes=", ".join(report["classes"].values()),
+        table="\n".join(results),
+        trained=", ".join(f"{name} {count:,}" for name, count in report["trainable_parameters"].items()),
+        images=report["num_images"]["train"],
+        epochs=len(report["history"]),
+        best=report["best_epoch"] + 1,
+        seed=arguments["seed"],
+        hours=f"{report['seconds'] / 3600:.1f}"
+        if report["seconds"] >= 3600
+        else f"{report['seconds'] / 60:.0f} minutes",
+        terms=TERMS.format(license=publication.license, data=publication.data_terms or NO_TERMS)
+        if publication
+        else "",
+    )
+
+
+def _metadata(report: Mapping, publication: Publication | None, name: str, base: str) -> str:
+    arguments = report["arguments"]
+    tags = ["medical", "image-segmentation"]
+    if arguments["method"].startswith("imedsam"):
+        tags += ["segment-anything", "implicit-neural-representation"]
+    data = ModelCardData(
+        library_name="imedsam",
+        pipeline_tag="mask-generation",
+        license=publication.license if publication else None,
+        tags=tags,
+        base_model=base if is_hub_name(base) else None,
+        datasets=[arguments["dataset_name"]] if is_hub_name(arguments["dataset_name"]) else None,
+        model_name=name if publication and publication.evaluations else None,
+        eval_results=[
+            result
+            for evaluation in (publication.evaluations if publication else ())
+            for result in _eval_results(evaluation)
+        ]
+        or None,
+    )
+    return data.to_yaml().strip()
+
+
+def _eval_results(evaluation: Mapping) -> list[EvalResult]:
+    """As `model-index` has them: of exact boxes on the first size, which is what the first setting is."""
+    setting = evaluation["settings"][0]
+    means = next(iter(setting["methods"].values()))["mean"]
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            task_name=f"Segmentation from a box, {setting['title']}",
+            dataset_type=shown_name(evaluation["data"]),
+            dataset_name=shown_name(evaluation["data"]),
+            dataset_split=evaluation["split"],
+            metric_type=key,
+            metric_name=_titles(evaluation)[key],
+            metric_value=round(factor * means[key], 2),
+        )
+        for key, (_, factor) in COLUMNS.items()
+        if means.get(key) is not None
+    ]
+
+
+def _training_results(report: Mapping) -> str:
+    rows = {"this model": report["validation"], **report["floors"]}
+    if "validation_jittered" in report:
+        rows["this model, boxes jittered"] = report["validation_jittered"]
+    table = markdown_table(rows, f"validation ({report['num_images']['validation']} images)")
+    if "test" in report:
+        rows = {"this model": report["test"], "this model, boxes jittered": report.get("test_jittered")}
+        rows |= report["test_floors"]
+        rows = {name: metrics for name, metrics in rows.items() if metrics}
+        table += "\n" + markdown_table(rows, f"test ({report['num_images']['test']} images)")
+    return table
+
+
+def _evaluation_results(evaluation: Mapping) -> str:
+    tables = []
+    for setting in evaluation["settings"]:
+        first, *others = setting["methods"]
+        rows = {"this model": setting["methods"][first]["mean"]}
+        rows |= {shown_name(name): setting["methods"][name]["mean"] for name in others}
+        images = f"{evaluation['num_images']} images"
+        title = f"{shown_name(evaluation['data'])}, {evaluation['split']} ({images}), {setting['title']}"
+        tables.append(markdown_table(rows, title, _titles(evaluation)))
+    return "\n".join(tables)
+
+
+def _titles(evaluation: Mapping) -> dict[str, str]:
+    values = {"unit": evaluation["unit"], "tolerance": f"{evaluation['tolerance']:g} {evaluation['unit']}"}
+    return {key: title.format(**values) for key, (title, _) in COLUMNS.items()}
+
+
+def markdown_table(
+    rows: Mapping[str, Mapping[str, float]], title: str = "", titles: Mapping[str, str] | None = None
+) -> str:
+    """A row per method; Dice, IoU and surface Dice (NSD) in percent, distances in pixels unless the titles say so."""
+    titles = titles or {key: text.format(unit="px", tolerance="1 px") for key, (text, _) in COLUMNS.items()}
+    lines = [f"| {title} | " + " | ".join(titles.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    for name, metrics in rows.items():
+        values = (
+            "–" if metrics[key] is None else f"{scale * metrics[key]:.1f}" for key, (_, scale) in COLUMNS.items()
+        )
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def shown_name(name: str) -> str:
+    """Without the path on the machine that it was made on."""
+    return name if name.startswith("phantoms") or is_hub_name(name) else Path(name).name
+
+
+def is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
+
+
+USAGE = """from PIL import Image
+from imedsam import IMedSamPipeline
+
+pipeline = IMedSamPipeline.from_pretrained("{repo}")
+pipeline.set_image(Image.open("image.png"))
+mask = pipeline.predict(input_boxes=[[x0, y0, x1, y1]], class_labels=[0]).masks[0, 0]"""
+BASELINE_USAGE = USAGE.replace(
+    "from imedsam import IMedSamPipeline", "from imedsam.training.baselines import load_pipeline"
+)
+BASELINE_USAGE = BASELINE_USAGE.replace("IMedSamPipeline.from_pretrained", "load_pipeline")
+
+WITHOUT_PACKAGE = """
+Without the package, with transformers, peft, torch, numpy and pillow alone (this runs the code that comes with the
+weights):
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)
+inputs = processor(image, input_boxes=[[[x0, y0, x1, y1]]])
+outputs = model(**inputs)
+masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])
+```
+"""
+
+NO_TERMS = "the publisher says nothing of the data's terms: ask before you use the weights for more than research."
+TERMS = """
+## Licence
+
+The weights: `{license}`. The training data: {data}
+"""
+
+CARD = """---
+{head}
+---
+
+# {name}
+
+{method}; trained from `{base}` on
+`{dataset}` at {image_size} x {image_size} pixels. It takes an image and a box per object and gives the object's
+mask at any resolution. Classes: {classes}.{task}
+
+{picture}## How to use
+
+`pip install imedsam`, then:
+
+```python
+{usage}
+```
+
+Boxes are in pixels of the image, (0, 0) being its top left corner.
+{without_package}
+## Metrics
+
+Means over objects, at the images' own size unless stated otherwise; Dice, IoU and surface Dice (NSD) in percent. Boxes
+come from the reference masks, so the filled box and the ellipse inscribed in it are what the prompt alone is worth.
+
+{table}
+## Training
+
+{images} images, {epochs} epochs, {hours}, seed {seed}; the weights are those of epoch {best}, the best by validation
+Dice. Trainable parameters: {trained}. `metrics.json` holds the arguments, versions and history.
+{terms}
+## Intended use and limits
+
+For research on images like those of `{dataset}`: to compare methods, to annotate faster, to start trainings from. Not
+for clinical use, and nothing that it gives is a diagnosis. The scores hold for boxes that fit the object; they say
+nothing about other devices, populations or loosely drawn boxes. It segments whatever a box is put around, whether the
+object is there or not.
+"""

@@ -1,0 +1,203 @@
+"""A trained model on the Hub: weights or adapter, processor, model card, metrics and a picture, in one commit."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from transformers.utils import ADAPTER_CONFIG_NAME
+
+from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.processing.processing_imedsam import IMedSamProcessor
+from imedsam.training.baselines import load_model
+from imedsam.training.model_card import Publication, is_hub_name, model_card, shown_name
+from imedsam.training.remote_code import write_code
+from imedsam.training.report import new_folder, write_json
+
+# Of the arguments of a training and of an evaluation.
+PATHS = {
+    "model_name_or_path",
+    "dataset_name",
+    "output_dir",
+    "resume_from_checkpoint",
+    "labels",
+    "model",
+    "compare",
+    "data",
+}
+# Rows of single objects, whose names may say whose they are.
+OBJECTS = {"objects", "validation_objects", "test_objects"}
+
+
+def prepare_folder(
+    model: str,
+    output: Path,
+    publication: Publication,
+    *,
+    reports: Sequence[Path] = (),
+    picture: Path | None = None,
+    adapter: bool = False,
+) -> list[Path]:
+    """
+    Writes what is to be published into a new folder, all of it or nothing.
+
+    Args:
+        model: the folder that a training left.
+        output: the new folder.
+        publication: what there is to say beside it; its evaluations and its picture come from here.
+        reports: folders that `imedsam evaluate` left, of this model. Their means are published, nothing of an object.
+        picture: for the card, of images that may be shown.
+        adapter: publish what was trained alone, a few MB that need their SAM; else the whole model, LoRA merged.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: no training's folder, a report of another model, an adapter whose SAM nobody else can find, or code
+            for a model that is no I-MedSAM by itself.
+    """
+    training = read_metrics(Path(model), "of a finished training: publish the folder that it left")
+    evaluations = [read_evaluation(report, Path(model)) for report in reports]
+    with new_folder(output) as folder:
+        trained = load_model(model)
+        if publication.with_code and (adapter or type(trained) is not IMedSamModel):
+            raise ValueError("Expected a whole I-MedSAM to publish with its code, got an adapter or a baseline.")
+        if adapter:
+            save_adapter(trained, folder, publication.base_model)
+        else:
+            trained.float()  # a small update of LoRA's would drown in half precision
+            trained.merge_and_unload().save_pretrained(folder)
+        IMedSamProcessor.from_pretrained(model).save_pretrained(folder)
+        if publication.with_code:
+            write_code(folder)
+        for number, evaluation in enumerate(evaluations, 1):
+            write_json(folder / f"evaluation_{number}.json", summary_of(evaluation))
+        if picture is not None:
+            shutil.copy(picture, folder / f"picture{picture.suffix}")
+        shown = None if picture is None else f"picture{picture.suffix}"
+        (folder / "README.md").write_text(
+            model_card(training, replace(publication, evaluations=evaluations, picture=shown))
+        )
+        write_json(folder / "metrics.json", summary_of(training))
+    return sorted(path for path in output.rglob("*") if path.is_file())
+
+
+def save_adapter(model: IMedSamModel, folder: Path, base_model: str | None) -> None:
+    if model.config.base_model_sha256 is None:
+        raise ValueError(
+            "Expected an adapter that knows its SAM's weights, got one that was trained before they were noted: "
+            "publish the whole model."
+        )
+    model.save_adapter(folder)
+    path = folder / ADAPTER_CONFIG_NAME
+    config = json.loads(path.read_text())
+    base = base_model or config["base_model_name_or_path"]
+    if base is None or not is_hub_name(base):
+        raise ValueError(
+            f"Expected an adapter whose SAM others find on the Hub, got one on {base}: say where it is there with "
+            "--base-model user/name (its weights' hash is held to), or publish the whole model."
+        )
+    revision = None if base_model else config["revision"]
+    write_json(path, {**config, "base_model_name_or_path": base, "revision": revision})
+
+
+def upload(
+    folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None, update: bool = False
+) -> str:
+    """
+    Sends a folder that `prepare_folder` wrote, in one commit: whatever fails, a repository is as it was, or new and
+    empty.
+
+    Args:
+        private: whether a new repository is private.
+        revision: a branch, made if it is not there; the main one by default.
+        update: commit on top of a repository that exists; files of it that are not in the folder are removed.
+
+    Returns:
+        The address of the commit.
+    """
+    api = HfApi()
+    with explain_hub_errors(repo_id):
+        if get_token() is None:
+            raise ValueError("Expected a token to write to the Hub with, got none: `hf auth login`, or set HF_TOKEN.")
+        if api.repo_exists(repo_id):
+            if not update and set(api.list_repo_files(repo_id)) - {".gitattributes"}:
+                raise ValueError(
+                    f"Expected a new repository, got {repo_id}, which exists: add --update to replace what it "
+                    "holds by a commit on top, or choose another name."
+                )
+        else:
+            api.create_repo(repo_id, private=private)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = set(api.list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        # `upload_folder` may make several commits of many files.
+        commit = api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, path) for name, path in files.items()),
+                *(CommitOperationDelete(name) for name in there - files.keys()),
+            ],
+            commit_message="Upload model with imedsam",
+            revision=revision,
+        )
+    return commit.commit_url
+
+
+@contextmanager
+def explain_hub_errors(repo_id: str) -> Iterator[None]:
+    """What happened and what to do about it, instead of a traceback out of the client."""
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise OSError("Expected the Hub to be reached, got HF_HUB_OFFLINE=1: unset it to publish.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        reasons = {
+            401: "the token is not known: `hf auth login`, or set HF_TOKEN to one that can write",
+            403: "the token may not write there: take one with write access, or a name of your own",
+            413: "a file is too large: publish an adapter, or a smaller picture",
+        }
+        reason = reasons.get(status, f"try again; what is there is as it was ({error})")
+        raise OSError(f"Expected the Hub to take {repo_id}, got status {status}: {reason}.") from error
+    except (HTTPError, RuntimeError) as error:  # of the connection, and of a large file on its way
+        raise OSError(
+            f"Expected to reach the Hub, got {error}: look to the network, and try again; what is there is as it was."
+        ) from error
+
+
+def read_metrics(folder: Path, what: str) -> dict[str, Any]:
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise ValueError(f"Expected the metrics.json {what}, got none in {folder}.")
+    return json.loads(path.read_text())
+
+
+def read_evaluation(report: Path, model: Path) -> dict[str, Any]:
+    evaluation = read_metrics(report, "of a finished `imedsam evaluate`")
+    if "settings" not in evaluation:
+        raise ValueError(f"Expected the report of an evaluation in {report}, got another metrics.json.")
+    if Path(evaluation["model"]).resolve().name != model.resolve().name:
+        raise ValueError(
+            f"Expected a report on {model}, got one on {evaluation['model']} in {report}: evaluate it anew."
+        )
+    return evaluation
+
+
+def summary_of(content: Any) -> Any:
+    """A report without the folders of the machine that it was made on, and without the rows of single objects."""
+    if isinstance(content, list):
+        return [summary_of(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    return {
+        key: shown_name(value) if key in PATHS and isinstance(value, str) else summary_of(value)
+        for key, value in content.items()
+        if key not in OBJECTS
+    }
