@@ -8,7 +8,8 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TYPECHECK := build/typecheck
-BENCHMARKS := $(addprefix benchmarks/,rendering.py refinement.py scaling.py encoder.py training_step.py methods.py)
+BENCHMARKS := $(addprefix benchmarks/,rendering.py refinement.py scaling.py encoder.py training_step.py methods.py \
+	onnx_export.py)
 
 # Real data sets and checkpoints; tests that need them skip without.
 ifndef IMEDSAM_DATA
@@ -18,7 +19,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-lowest style quality bench clean
+.PHONY: help demo test test-fast test-lowest style quality bench docs dist clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -69,6 +70,23 @@ quality: $(INSTALLED)  ## check format, lint and types without changing anything
 
 bench: $(INSTALLED)  ## run every script in benchmarks/
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# Warnings are errors; REPOSITORY_URL=... is where links to files beside docs/ go.
+docs: $(INSTALLED)  ## build the documentation site into build/site
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) "mkdocs-material==9.8.2" "mkdocstrings[python]==1.0.8"
+	rm -rf $(TYPECHECK)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(TYPECHECK) .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# In an environment of its own, as a user has it: what the wheel misses is not found beside it.
+dist: $(INSTALLED)  ## build sdist and wheel, check them, and run the wheel in a fresh environment
+	rm -rf dist build/smoke
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/smoke
+	build/smoke/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))"
+	build/smoke/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
+	cd build && smoke/bin/imedsam --help >/dev/null && smoke/bin/python -c "import imedsam; print(imedsam.__version__)"
 
 clean:  ## remove what the other targets made, the virtual environment and outputs/ excepted
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -22,7 +22,7 @@ class CoordinateEncoding(nn.Module):
 
     def forward(self, coordinates: Tensor, frame: Tensor) -> Tensor:
         """(R, N, 2), or (G, N, 2) for the same points of R / G prompts, and (R, 4) -> (R, N, width)."""
-        encoded = [for_each_prompt(fourier_features(coordinates, self.octaves), len(frame))]
+        encoded = [for_each_prompt(fourier_features(coordinates, self.octaves), frame.shape[0])]
         if self.frame_octaves is not None:
             local = position_in_frame(coordinates, frame)
             # The octaves run over the clamped range once: k = 0 has period 6.
@@ -33,12 +33,12 @@ class CoordinateEncoding(nn.Module):
 def position_in_frame(coordinates: Tensor, frame: Tensor) -> Tensor:
     """(p - centre) / half size, clamped to [-3, 3]: (R, N, 2), or (G, N, 2), and (R, 4) -> (R, N, 2)."""
     centre, half_size = frame[:, None].split(2, dim=-1)
-    return ((for_each_prompt(coordinates, len(frame)) - centre) / half_size).clamp(-3.0, 3.0)
+    return ((for_each_prompt(coordinates, frame.shape[0]) - centre) / half_size).clamp(-3.0, 3.0)
 
 
 def for_each_prompt(values: Tensor, prompts: int) -> Tensor:
     """(G, N, C), each for R / G of the R prompts in turn -> (R, N, C)."""
-    return values[:, None].expand(-1, prompts // len(values), -1, -1).flatten(0, 1)
+    return values[:, None].expand(-1, prompts // values.shape[0], -1, -1).flatten(0, 1)
 
 
 def fourier_features(positions: Tensor, octaves: int) -> Tensor:

@@ -56,7 +56,7 @@ class ImplicitDecoder(nn.Module):
         maps = at_least_float32(features)
         coordinates = coordinates.to(maps.dtype)
         encoded = self.coordinates(coordinates, frame).to(features.dtype)
-        grid = for_each_prompt(coordinates, len(maps))[:, :, None]
+        grid = for_each_prompt(coordinates, maps.shape[0])[:, :, None]
         sampled = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)[..., 0].transpose(1, 2)
         return torch.cat([sampled.to(features.dtype), encoded], dim=-1)
 
@@ -105,8 +105,8 @@ class CoarseField(nn.Module):
         self.head = ClassLinear(config.num_labels, widths[-1], 1 + config.coarse_features)
 
     def forward(self, points: Tensor, prompt: Tensor) -> Tensor:
-        """Points (R, N, C) and the prompts' part of the first layer (R, D) -> hidden vectors (R, N, D)."""
-        hidden = cast(HiddenLinear, self.layers[0]).first(points, prompt[0] if len(prompt) == 1 else prompt[:, None])
+        """Points (R, N, C) and the prompts' part of the first layer, (R, 1, D) or (D,) -> hidden vectors (R, N, D)."""
+        hidden = cast(HiddenLinear, self.layers[0]).first(points, prompt)
         hidden = F.relu(self.norms[0](hidden), inplace=True)
         for layer, norm in zip(self.layers[1:], self.norms[1:], strict=True):
             hidden = F.relu(norm(layer(hidden)), inplace=True)

@@ -307,8 +307,8 @@ class ImplicitMaskField(MaskField):
         return ellipse(points, self.frame, self.classes)
 
     def _trunk(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        encoded = self.decoder.encode(points, self.features, self.frame)
-        return encoded, self.decoder.coarse(encoded, self.coarse_part)
+        encoded, part = self.decoder.encode(points, self.features, self.frame), self.coarse_part
+        return encoded, self.decoder.coarse(encoded, part[0] if len(part) == 1 else part[:, None])
 
     def _coarse_logits(self, hidden: Tensor, prior: Tensor) -> Tensor:
         """Of hidden vectors (R, N, D), (R, M, N), in float32 at least."""

@@ -37,7 +37,7 @@ class IMedSamOutput(ModelOutput):
         coarse_masks (`Tensor` of shape `(B, P, M, H, W)`): the coarse field's logits alone.
         uncertainty (`Tensor` of shape `(B, P, M, H, W)`): variance of the coarse probability.
         point_logits (`Tensor` of shape `(B, P, M, N)`): logits at `coordinates`.
-        image_embeddings (`Tensor` of shape `(B, 256, S / patch, S / patch)`).
+        image_embeddings (`Tensor` of shape `(B, 256, S / patch, S / patch)`): of the encoder, to prompt again.
     """
 
     loss: Tensor | None = None

@@ -47,7 +47,7 @@ class PixelDecoder(nn.Module):
         Returns:
             (R, width / 4, H, W), at least 0.
         """
-        square = whole_square(len(features), features.device)
+        square = whole_square(features.shape[0], features.device)
         positions = self.coordinates(pixel_centres(features.shape[-2:], square), frame).to(features.dtype)
         positions = positions.transpose(1, 2).unflatten(-1, features.shape[-2:])
         folded = F.pixel_unshuffle(torch.cat([features, positions], dim=1), UNFOLDED)

@@ -39,11 +39,11 @@ class PromptFusion(SamMaskDecoder):
         return features, mask_tokens
 
     def _fuse(self, image_embeddings: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(len(tokens), -1, -1)
+        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(tokens.shape[0], -1, -1)
         queries, keys = self.transformer(
             point_embeddings=torch.cat([output_tokens, tokens], dim=1)[:, None],
             image_embeddings=image_embeddings,
-            image_positional_embeddings=positions.expand(len(tokens), -1, -1, -1),
+            image_positional_embeddings=positions.expand(tokens.shape[0], -1, -1, -1),
             attention_similarity=None,
         )
         features = keys.transpose(2, 3).reshape(image_embeddings.shape)

@@ -86,9 +86,11 @@ def selection_threshold(uncertainty: Tensor, share: float, weights: Tensor | Non
     """
     if share >= 1.0:
         return uncertainty.new_full(uncertainty.shape[:-1], -torch.inf)
-    if weights is None:
-        weights = torch.ones_like(uncertainty)
     values, order = uncertainty.sort(dim=-1)
+    if weights is None:  # by counting, which a graph can be made of
+        last = values.shape[-1] - 1
+        low = max(0, math.ceil(round((1 - share) * (last + 1), 6)) - 1)
+        return (values[..., low] + values[..., min(low + 1, last)]) / 2
     cumulative = weights.expand_as(values).gather(-1, order).cumsum(dim=-1)
     rank = torch.searchsorted(cumulative, (1 - share) * cumulative[..., -1:].contiguous())
     below, above = (values.gather(-1, r.clamp_max(values.shape[-1] - 1)) for r in (rank, rank + 1))

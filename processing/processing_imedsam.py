@@ -94,14 +94,11 @@ class IMedSamProcessor(ProcessorMixin):
             class_labels: per image and prompt the index of a class.
 
         Returns:
-            Of these what was given, and the attention mask with any of them:
-
-            - `input_boxes` (B, P, 4) float32 in model pixels; (0, 0, S, S) for padded prompts.
-            - `input_points` (B, P, N, 2) float32 in model pixels and `input_labels` (B, P, N) int64; padded points
-              are (0, 0) with the label -10.
-            - `input_masks` (B, P, S / 4, S / 4) float32 logits 10 (2 p - 1) of the probability p; -10 in the padding.
-            - `class_labels` (B, P) int64; 0 for padded prompts.
-            - `prompt_attention_mask` (B, P) bool, True for real prompts.
+            Of these what was given, and the attention mask with any of them: `input_boxes` (B, P, 4) float32 in model
+            pixels, (0, 0, S, S) for padded prompts; `input_points` (B, P, N, 2) float32 in model pixels and
+            `input_labels` (B, P, N) int64, padded points being (0, 0) with the label -10; `input_masks`
+            (B, P, S / 4, S / 4) float32, logits 10 (2 p - 1) of the probability p, -10 in the padding; `class_labels`
+            (B, P) int64, 0 for padded prompts; `prompt_attention_mask` (B, P) bool, True for real prompts.
 
         Raises:
             ValueError: for prompts that are nested otherwise, lie outside their image or disagree in number.
