@@ -1,0 +1,27 @@
+"""The site's first page is the README, and links to files that are not of the site go to the repository."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
+
+
+def on_page_markdown(markdown: str, page, config, **kwargs) -> str:
+    """mkdocs calls it for each page."""
+    if page.file.src_uri == "index.md":
+        markdown, folder = (ROOT / "README.md").read_text(), ROOT
+    else:
+        folder = ROOT / "docs"
+    return LINK.sub(lambda match: _link(*match.groups(), folder, config.repo_url), markdown)
+
+
+def _link(text: str, target: str, folder: Path, repository: str | None) -> str:
+    path, hash_, anchor = target.partition("#")
+    file = (folder / path).resolve()
+    if not file.exists():
+        return f"[{text}]({target})"  # mkdocs says that it is missing
+    if file.is_relative_to(ROOT / "docs"):
+        return f"[{text}]({file.relative_to(ROOT / 'docs').as_posix()}{hash_}{anchor})"
+    place = file.relative_to(ROOT).as_posix()
+    return f"[{text}]({repository}/blob/main/{place})" if repository else text
