@@ -5,7 +5,7 @@ pixels, where a run is short; what helps there has rows of its own in the main t
 
     python experiments/improvements.py
 
-Cost: 3 runs of its own, 10 to 20 minutes each. Expected: the prior has fewer far spots (HD 20 instead of 27) and more
+Cost: 3 runs of its own, 10 to 20 minutes each. Expected: the prior has fewer far spots (HD 20 instead of 30) and more
 Dice; the others change little.
 """
 
