@@ -122,8 +122,8 @@ def test_the_card(trained, tmp_path):
         "lesions in drawings",
         "drawn, free for all",
         "![What it gives](picture.png)",
-        "Intended use",
-        "limits",
+        "intended use",
+        "Limits",
     ):
         assert text in card
     for setting in evaluation["settings"]:

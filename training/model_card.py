@@ -253,7 +253,7 @@ come from the reference masks, so the filled box and the ellipse inscribed in it
 {images} images, {epochs} epochs, {hours}, seed {seed}; the weights are those of epoch {best}, the best by validation
 Dice. Trainable parameters: {trained}. `metrics.json` holds the arguments, versions and history.
 {terms}
-## Intended use and limits
+## Limits and intended use
 
 For research on images like those of `{dataset}`: to compare methods, to annotate faster, to start trainings from. Not
 for clinical use, and nothing that it gives is a diagnosis. The scores hold for boxes that fit the object; they say
