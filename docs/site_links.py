@@ -23,5 +23,7 @@ def _link(text: str, target: str, folder: Path, repository: str | None) -> str:
         return f"[{text}]({target})"  # mkdocs says that it is missing
     if file.is_relative_to(ROOT / "docs"):
         return f"[{text}]({file.relative_to(ROOT / 'docs').as_posix()}{hash_}{anchor})"
-    place = file.relative_to(ROOT).as_posix()
+    place = f"{file.relative_to(ROOT).as_posix()}{hash_}{anchor}"
+    if file.suffix == ".png":  # `blob` would be a page around it
+        return f"[{text}]({repository}/raw/main/{place})" if repository else f"[{text}]({file.as_uri()})"
     return f"[{text}]({repository}/blob/main/{place})" if repository else text

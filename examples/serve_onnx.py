@@ -68,7 +68,7 @@ def make_handler(model: Model) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             try:
                 mask = self.segment()
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, Image.DecompressionBombError) as error:
                 self.send_error(400, explain=str(error))
                 return
             picture = io.BytesIO()
@@ -85,6 +85,8 @@ def make_handler(model: Model) -> type[BaseHTTPRequestHandler]:
             if not 0 < length <= LARGEST_BODY:
                 raise ValueError(f"Expected an image of at most {LARGEST_BODY} bytes as the body, got {length}.")
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(self.rfile.read(length))))
+            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+                raise ValueError(f"Expected an image of 8 bits, got one of mode {image.mode}.")
             box = [float(part) for part in query.get("box", [""])[0].split(",") if part]
             if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
                 raise ValueError(f"Expected ?box=x0,y0,x1,y1 in the image's pixels, got {query.get('box')}.")

@@ -49,12 +49,11 @@ def parse_args() -> argparse.Namespace:
 
 def train_adapter(args: argparse.Namespace, task: str, classes: int) -> None:
     folder = args.output_dir / task
-    train(
-        f"--model_name_or_path {args.base} --dataset_name phantoms:{task} --num_classes {classes} "
-        f"--output_dir {folder} --image_size {args.image_size} --phantom_size {args.image_size} "
-        f"--max_train_steps {args.steps} --per_device_train_batch_size 2 --learning_rate 1e-3 "
-        "--adapter_learning_rate 1e-3 --num_train_images 200 --num_eval_images 10 --eval_every 4".split()
-    )
+    flags = f"--dataset_name phantoms:{task} --num_classes {classes} --image_size {args.image_size} "
+    flags += f"--phantom_size {args.image_size} --max_train_steps {args.steps} --per_device_train_batch_size 2 "
+    flags += "--learning_rate 1e-3 --adapter_learning_rate 1e-3 --num_train_images 200 --num_eval_images 10 "
+    flags += "--eval_every 4"
+    train(["--model_name_or_path", args.base, "--output_dir", str(folder), *flags.split()])
     IMedSamModel.from_pretrained(folder).save_adapter(folder / "adapter")
 
 

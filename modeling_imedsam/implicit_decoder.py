@@ -26,6 +26,7 @@ class ImplicitDecoder(nn.Module):
 
     def __init__(self, config: IMedSamConfig):
         super().__init__()
+        self.num_labels = config.num_labels
         self.coordinates = CoordinateEncoding(
             config.coordinate_octaves, config.prompt_frame_octaves if config.prompt_frame else None
         )

@@ -260,7 +260,8 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """
-        Loads a further adapter, which may have classes of its own; `set_adapter(adapter_name)` switches to it.
+        Loads a further adapter, which may have classes of its own; `set_adapter(adapter_name)` switches to it. A first
+        one is active at once.
 
         Raises:
             ValueError: an adapter of another configuration than that of those which are there, or none to switch from.
@@ -270,7 +271,9 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
                 f"Expected a model with LoRA to load {peft_model_id} into, got one without, or with LoRA merged into "
                 "its weights: load it by itself with from_pretrained."
             )
-        other = self.config
+        other, active = self.config, adapter_name or "default"
+        if self._hf_peft_config_loaded:
+            active = self.active_adapters()[0]
         if peft_model_id is not None and self._hf_peft_config_loaded:
             finding = only_finding(kwargs.get("adapter_kwargs") or {})
             other = self.config_class.from_pretrained(peft_model_id, **finding)
@@ -285,12 +288,15 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         # transformers counts other adapters' parameters as missing too.
         missing = [key for key in info.missing_and_mismatched() if _adapter_of(key) == (adapter_name or "default")]
         if missing or info.unexpected_keys:
+            if active != (adapter_name or "default"):
+                self.set_adapter(active)
+                self.delete_adapter(adapter_name or "default")
             raise ValueError(
                 f"Expected an adapter for this model's configuration, got one with missing {sorted(missing)} and "
                 f"unexpected {sorted(info.unexpected_keys)}: load it by itself with from_pretrained."
             )
         self._adapter_classes[adapter_name or "default"] = other.id2label
-        self.set_trainable()
+        self.set_adapter(active)
         return info
 
     def get_adapter_state_dict(
@@ -308,6 +314,11 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         classes: Any = self._adapter_classes.get(self.active_adapters()[0], self.config.id2label)
         self.config.id2label = dict(classes)
         self.config.label2id = {name: index for index, name in classes.items()}
+        wrapper: Any = getattr(self, "implicit_decoder", None)
+        idle = getattr(wrapper, "original_module", None)
+        if isinstance(idle, ImplicitDecoder) and idle.num_labels != len(classes):
+            # What lies below the adapter, and is saved with the whole model, has its classes too.
+            wrapper.original_module = ImplicitDecoder(self.config).to(self.device, self.dtype)
         self.set_trainable()
 
     def enable_adapters(self) -> None:
@@ -337,6 +348,7 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         self._hf_peft_config_loaded = False
         self._weight_conversions = None  # of the adapter's names, which transformers would undo on saving
         self.config.lora_rank, self.config.lora_targets = 0, []
+        self.config.base_model_sha256, self.name_or_path = None, ""  # the encoder is no longer that SAM's
         self.set_trainable()
         return self
 
@@ -357,7 +369,8 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
         if self._adapter_disabled:
             state_dict = self._base_state_dict()
         else:
-            state_dict = deepcopy(self).merge_and_unload().state_dict()
+            merged: nn.Module = deepcopy(self).float().merge_and_unload()  # LoRA would drown in half precision
+            state_dict = merged.state_dict()
         own = ("frequency_branch.", "implicit_decoder.")
         state_dict = fuse_qkv({key: value for key, value in state_dict.items() if not key.startswith(own)})
         sam_config = deepcopy(self.config.sam_config)
@@ -397,11 +410,11 @@ class IMedSamPreTrainedModel(SamPreTrainedModel):
     @contextmanager
     def _copying_decoder_of(self, config: IMedSamConfig) -> Iterator[None]:
         """While an adapter is put on: PEFT copies the decoder that it finds, which is to have its classes."""
-        wrapper = getattr(self, "implicit_decoder", None)
-        if not isinstance(wrapper, ModulesToSaveWrapper):
+        wrapper: Any = getattr(self, "implicit_decoder", None)
+        original = getattr(wrapper, "original_module", None)
+        if not isinstance(original, ImplicitDecoder):
             yield
             return
-        original = wrapper.original_module
         wrapper.original_module = ImplicitDecoder(config).to(self.device, self.dtype)
         try:
             yield
@@ -453,6 +466,12 @@ _SHARED_BY_ADAPTERS = (
     "prompt_frame_octaves",
     "ellipse_prior",
     "pixel_decoder_width",
+    "coarse_widths",
+    "coarse_features",
+    "fine_widths",
+    "fine_head_width",
+    "frequency_hidden",
+    "train_mask_decoder",
     "dropout",
     "uncertainty",
     "selection",

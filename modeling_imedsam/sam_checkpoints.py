@@ -31,6 +31,7 @@ FINDING_KEYS = {"cache_dir", "force_download", "local_files_only", "revision", "
 EFFICIENT_SAM_SIZE = 1024
 # No shape tells how many heads there are: all files of the family have these.
 HEAD_WIDTH, DECODER_HEADS = 64, 8
+WEIGHTS = (".pth", ".pt", ".safetensors")  # how files of weights end
 
 
 @dataclass
@@ -51,11 +52,12 @@ class SamCheckpoint:
     without: tuple[str, ...] = ()
 
     def sha256(self) -> str:
-        """Of its weights' shapes and values, whatever their names and the file that they were in."""
-        digests = [hashlib.sha256(str(tuple(value.shape)).encode()) for value in self.state_dict.values()]
-        for digest, value in zip(digests, self.state_dict.values(), strict=True):
+        """Of its weights, by their names in a `SamModel`, whatever the file that they were in."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict.items()):
+            digest.update(f"{name} {tuple(value.shape)} ".encode())
             digest.update(value.detach().cpu().contiguous().numpy().reshape(-1))  # type: ignore[arg-type]  # a buffer
-        return hashlib.sha256(b"".join(sorted(digest.digest() for digest in digests))).hexdigest()
+        return digest.hexdigest()
 
     def to_model(self) -> SamModel:
         """Raises ValueError without a mask decoder."""
@@ -82,7 +84,7 @@ def load_sam(name_or_path: str | os.PathLike, **loading: Any) -> SamCheckpoint:
     path = str(name_or_path)
     if os.path.isfile(path):
         return read_original(path)
-    if path.endswith((".pth", ".pt", ".safetensors")):
+    if path.endswith(WEIGHTS) and not os.path.isdir(path):
         raise OSError(f"Expected a file at {path}, got none: check its path.")
     model_type = PreTrainedConfig.get_config_dict(path, **only_finding(loading))[0].get("model_type")
     if model_type != "sam":
@@ -257,7 +259,7 @@ def _read_weights(path: str) -> dict[str, Tensor]:
         raise ValueError(
             f"Expected weights by their names at {path}, got {type(content).__name__}: give a state dict."
         )
-    weights = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+    weights = {str(key).removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
     return {key: value.float() for key, value in weights.items() if key not in ("pixel_mean", "pixel_std")}
 
 

@@ -328,6 +328,7 @@ def test_tasks_of_other_classes_share_an_encoder(from_sam, inputs, tmp_path):
     organs.save_adapter(tmp_path / "organs")
     model = IMedSamModel.from_pretrained(tmp_path / "polyps")
     model.load_adapter(str(tmp_path / "organs"), "organs")
+    assert model.active_adapters() == ["default"] and torch.equal(masks(model, inputs), masks(polyps, inputs))
     base = model.vision_encoder.layers[0].attn.qkv.q_proj.base_layer.weight.data_ptr()
     for name, task in (("organs", organs), ("default", polyps), ("organs", organs)):
         model.set_adapter(name)
@@ -339,9 +340,11 @@ def test_tasks_of_other_classes_share_an_encoder(from_sam, inputs, tmp_path):
     assert sum("base_layer.weight" in key for key in model.state_dict()) == 4  # q and v of two layers, once each
     model.save_adapter(tmp_path / "again")
     assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path / "again"), inputs), masks(organs, inputs))
-    model.set_adapter("default")
-    model.save_pretrained(tmp_path / "whole")
-    assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path / "whole"), inputs), masks(polyps, inputs))
+    for name, task in (("organs", organs), ("default", polyps)):
+        model.set_adapter(name)
+        model.save_pretrained(tmp_path / f"whole {name}")
+        loaded = IMedSamModel.from_pretrained(tmp_path / f"whole {name}")
+        assert torch.equal(masks(loaded, inputs), masks(task, inputs))
 
 
 def test_a_second_new_adapter_starts_at_sam_and_leaves_the_first_alone(model, inputs, tiny_sam):
@@ -367,7 +370,8 @@ def test_a_second_new_adapter_starts_at_sam_and_leaves_the_first_alone(model, in
         ({"pixel_decoder_width": 12}, "Expected an adapter with pixel_decoder_width None, got 12 at"),
         ({"selection": None}, "Expected an adapter with selection 'threshold', got None at"),
         ({"selection_share": 0.5}, "Expected an adapter with selection_share 0.125, got 0.5 at"),
-        ({"train_mask_decoder": True}, "Expected an adapter for this model's configuration, got one with missing"),
+        ({"train_mask_decoder": True}, "Expected an adapter with train_mask_decoder False, got True at"),
+        ({"frequency_hidden": 7}, "Expected an adapter with frequency_hidden 4, got 7 at"),
     ],
     ids=str,
 )
@@ -399,6 +403,30 @@ def test_an_adapter_with_a_part_missing_is_refused(model, tmp_path, whole):
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ValueError, match="Expected an adapter for this model's configuration, got one with missing"):
         IMedSamModel.from_pretrained(tmp_path)
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(from_sam, inputs, tmp_path):
+    from_sam(seed=2).save_adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(name for name in tensors if "coarse.head.weight" in name)]
+    save_file(tensors, path, {"format": "pt"})
+    model = from_sam(seed=1)
+    expected = masks(model, inputs)
+    with pytest.raises(ValueError, match="got one with missing"):
+        model.load_adapter(str(tmp_path), "other")
+    assert model.active_adapters() == ["default"] and torch.equal(masks(model, inputs), expected)
+    from_sam(seed=2).save_adapter(tmp_path / "whole")
+    model.load_adapter(str(tmp_path / "whole"), "other")
+    model.set_adapter("other")
+    assert torch.equal(masks(model, inputs), masks(from_sam(seed=2), inputs))
+
+
+def test_merged_it_is_no_longer_on_its_sam(model):
+    """An adapter that is trained on it then belongs to it, and is not put on the SAM."""
+    assert model.config.base_model_sha256 is not None
+    merged = model.merge_and_unload()
+    assert merged.config.base_model_sha256 is None and not merged.name_or_path
 
 
 def test_a_sam_checkpoint_says_what_to_do(sam_folder):

@@ -20,7 +20,8 @@ from imedsam import IMedSamImageProcessor, IMedSamPipeline, IMedSamProcessor
 from imedsam.tiles import pixel_centres
 from imedsam.training.cli import app
 from imedsam.training.examples import load_examples
-from imedsam.training.export import export_to_folder, run_files
+from imedsam.training.export import example_inputs, export_to_folder, largest_difference, run_files
+from imedsam.training.unet import UNetConfig, UNetModel
 
 BOX = [8.0, 12.0, 50.0, 44.0]
 EXAMPLE = Path(__file__).parents[1] / "examples" / "serve_onnx.py"
@@ -142,6 +143,19 @@ def test_what_has_no_such_files_is_refused(from_sam, tmp_path):
     with pytest.raises(ValueError, match="Expected int8 with the onnx format, got torch"):
         export_to_folder(str(save(from_sam(), tmp_path / "model")), tmp_path / "out", file_format="torch", int8=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_baselines_are_refused(tmp_path):
+    UNetModel(UNetConfig(image_size=64)).save_pretrained(tmp_path / "unet")
+    IMedSamProcessor(IMedSamImageProcessor(size=64)).save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match="Expected an I-MedSAM to export, got a UNetModel"):
+        export_to_folder(str(tmp_path / "unet"), tmp_path / "out")
+
+
+def test_a_difference_that_is_no_number_is_none_to_accept(from_sam, tmp_path, monkeypatch):
+    nan = {"logits": torch.full((1, 500), torch.nan)}
+    monkeypatch.setattr("imedsam.training.export.run_files", lambda *arguments: nan)
+    assert np.isnan(largest_difference(from_sam(), tmp_path, "onnx", example_inputs(from_sam())))
 
 
 def test_without_onnx_it_says_what_to_install(from_sam, tmp_path, monkeypatch):

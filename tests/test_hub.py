@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,9 @@ def test_a_model_is_sent_and_loaded(hub, trained, tmp_path):
     status, said = publish(hub, tmp_path / "home", trained)
     assert status == 2 and f"Expected a new repository, got {REPO}, which exists: add --update" in said
     assert len(hub.repos[REPO].commits) == 2
+    hub.repos["tester/open"] = replace(hub.repos[REPO], id="tester/open", private=False)
+    status, said = publish(hub, tmp_path / "home", trained, "--private", "--update", repo="tester/open")
+    assert status == 2 and "Expected a private repository, got tester/open, which all can see" in said
     # An adapter on top of the whole model: weights that stayed would be loaded in its place.
     status, said = publish(
         hub, tmp_path / "home", trained, "--update", "--adapter", "--base-model", "tester/sam", "--revision", "adapter"
@@ -102,6 +106,8 @@ def test_a_model_is_sent_and_loaded(hub, trained, tmp_path):
     assert status == 0, said
     assert "model.safetensors" in hub.files(REPO) and "model.safetensors" not in hub.files(REPO, "adapter")
     assert "adapter_model.safetensors" in hub.files(REPO, "adapter")
+    status, said = publish(hub, tmp_path / "home", trained, "--revision", "adapter")
+    assert status == 2 and "add --update" in said and "adapter_model.safetensors" in hub.files(REPO, "adapter")
 
 
 def test_an_adapter_finds_its_sam_on_the_hub_and_no_other(hub, trained, sam_folder, tmp_path):

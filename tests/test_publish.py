@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from imedsam.training.baselines import load_pipeline
 from imedsam.training.cli import app
 from imedsam.training.evaluation_report import evaluate_to_folder
 from imedsam.training.examples import load_examples
+from imedsam.training.model_card import shown_name
 from imedsam.training.remote_code import collect_modules, flatten_imports
 
 SMALL = "--config coarse_widths=[32,32] fine_widths=[32,32] coarse_features=16 fine_head_width=16 selection_lattice=8"
@@ -104,9 +106,49 @@ def test_nothing_tells_whose_images_and_which_machine(trained, tmp_path):
             assert not any(name in text for name in objects), path
 
 
+def test_two_models_of_one_name_and_no_path(trained, tmp_path):
+    """They are told apart by their folders in a report, which nobody else is to know."""
+    other = tmp_path / "elsewhere" / "lesions"
+    shutil.copytree(trained, other)
+    evaluate_to_folder(str(trained), "phantoms", tmp_path / "report", num_images=1, compare=str(other))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = prepare(trained, tmp_path / "out", "--report", tmp_path / "report")
+    text = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".md"))
+    assert str(tmp_path) not in text and str(trained.parent) not in text
+    evaluation = json.loads((folder / "evaluation_1.json").read_text())
+    names = list(evaluation["settings"][0]["methods"])
+    assert names == ["this model", "the other model", "filled box", "inscribed ellipse"]
+    assert {row["against"] for row in evaluation["settings"][0]["comparisons"]} == set(names[1:])
+
+
+def test_a_local_folder_is_no_name_on_the_hub(trained, tmp_path, monkeypatch):
+    """Whatever folder the command is given in."""
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    report = json.loads((moved / "metrics.json").read_text())
+    report["arguments"] |= {"model_name_or_path": "checkpoints/sam", "dataset_name": "data/hospital_patients"}
+    (moved / "metrics.json").write_text(json.dumps(report))
+    path = moved / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "checkpoints/sam"}))
+    monkeypatch.chdir(tmp_path)
+    result = publish("--adapter", "--dry-run", "-o", tmp_path / "out", model=moved)
+    assert result.exit_code == 2 and "got one on checkpoints/sam" in words(result)
+    card = (prepare(moved, tmp_path / "out") / "README.md").read_text()
+    assert "checkpoints/sam" not in card and "data/hospital" not in card and "`hospital_patients`" in card
+    assert "base_model" not in card and "datasets:" not in card
+    (moved / "metrics.json").write_text(
+        json.dumps({**report, "on_hub": ["checkpoints/sam", "data/hospital_patients"]})
+    )
+    head = yaml.safe_load((prepare(moved, tmp_path / "again") / "README.md").read_text().split("---\n")[1])
+    assert head["base_model"] == "checkpoints/sam" and head["datasets"] == ["data/hospital_patients"]
+    assert shown_name(r"C:\Users\jane\data\busi") == "busi"
+
+
 def test_the_card(trained, tmp_path):
     report, picture = trained.parent / "report", tmp_path / "shown.png"
-    Image.new("RGB", (20, 10)).save(picture)
+    exif = Image.Exif()
+    exif[0x010E] = "a patient's name"
+    Image.new("RGB", (20, 10)).save(picture, exif=exif)
     said = ["--task", "lesions in drawings", "--data-terms", "drawn, free for all", "--picture", picture]
     folder = prepare(trained, tmp_path / "out", "--report", report, *said)
     card = (folder / "README.md").read_text()
@@ -131,7 +173,8 @@ def test_the_card(trained, tmp_path):
         for name, method in setting["methods"].items():
             row = f"| {'this model' if name == 'lesions' else name} | {100 * method['mean']['dice']:.1f} |"
             assert row in card
-    assert (folder / "picture.png").read_bytes() == picture.read_bytes()
+    with Image.open(folder / "picture.png") as sent:
+        assert sent.size == (20, 10) and not sent.getexif()
     usage = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     assert len([line for line in usage.splitlines() if line]) == 5
     image().save(tmp_path / "image.png")
@@ -194,10 +237,15 @@ def test_what_is_no_training_and_no_report_is_refused(trained, sam_folder, tmp_p
     other = tmp_path / "other"
     other.mkdir()
     report = json.loads((trained.parent / "report" / "metrics.json").read_text())
-    (other / "metrics.json").write_text(json.dumps({**report, "model": "elsewhere/kidneys"}))
+    (other / "metrics.json").write_text(json.dumps({**report, "weights": "0" * 64}))
     result = publish("--dry-run", "-o", tmp_path / "out", "--report", other, model=trained)
-    assert result.exit_code == 2 and "got one on elsewhere/kidneys" in words(result)
-    for arguments, message in (([], "add -o FOLDER"), (["-o", trained], "Expected a new folder")):
+    assert result.exit_code == 2 and "Expected a report on the weights in" in words(result)
+    for arguments, message in (
+        ([], "add -o FOLDER"),
+        (["-o", trained], "Expected a new folder"),
+        (["-o", tmp_path / "out", "--repo", "somebody/my lesions"], "Expected --repo as user/name"),
+        (["-o", tmp_path / "out", "--repo", "lesions"], "Expected --repo as user/name"),
+    ):
         result = publish("--dry-run", *arguments, model=trained)
         assert result.exit_code == 2 and message in words(result)
     assert not (tmp_path / "out").exists()

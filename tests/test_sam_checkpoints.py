@@ -80,6 +80,14 @@ def test_what_trainings_wrap_around_it(tmp_path, layout):
     assert load_sam(path).sha256() == load_sam(plain).sha256()
 
 
+def test_a_weight_in_another_place_is_another_base(tmp_path):
+    weights = randomise(ReferenceSam(**SIZES), 0).state_dict()
+    one, other = "image_encoder.blocks.0.attn.proj.weight", "image_encoder.blocks.1.attn.proj.weight"
+    torch.save(weights, tmp_path / "sam.pth")
+    torch.save({**weights, one: weights[other], other: weights[one]}, tmp_path / "swapped.pth")
+    assert load_sam(tmp_path / "sam.pth").sha256() != load_sam(tmp_path / "swapped.pth").sha256()
+
+
 @torch.no_grad()
 def test_sam_med2d_without_its_adapters(tmp_path, monkeypatch):
     reference = randomise(ReferenceSamMed2d(**SIZES), 0).eval()
@@ -243,15 +251,16 @@ def test_the_command_leaves_nothing_half_made(from_sam, tmp_path):
     for model, message in (
         ("adapter", "without a frequency branch"),
         ("efficient.pt", "a whole SAM"),
-        ("x.pth", "got"),
+        ("x.pth", "Expected a file at"),
     ):
         result = CliRunner().invoke(
             app, ["convert", "--model", str(tmp_path / model), "-o", str(tmp_path / "out" / "sam")]
         )
         assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
         assert not (tmp_path / "out" / "sam").exists() and not list(tmp_path.glob("out/.*"))
-    result = CliRunner().invoke(app, ["convert", "--model", str(tmp_path / "x"), "-o", str(tmp_path / "adapter")])
-    assert result.exit_code == 2
+    path = save(ReferenceSam(**SIZES), tmp_path / "sam.pth")
+    result = CliRunner().invoke(app, ["convert", "--model", str(path), "-o", str(tmp_path / "adapter")])
+    assert result.exit_code == 2 and "Expected a new folder" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_a_folder_of_another_model_is_refused(from_sam, tmp_path):

@@ -1,5 +1,6 @@
 """The command `imedsam`."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -245,8 +246,8 @@ def publish(
     from imedsam.training.model_card import Publication
     from imedsam.training.publish import prepare_folder, upload
 
-    if repo.count("/") != 1 or not all(repo.split("/")):
-        raise typer.BadParameter(f"Expected --repo as user/name, got {repo!r}.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
+        raise typer.BadParameter(f"Expected --repo as user/name, of letters, digits, - _ and ., got {repo!r}.")
     if dry_run and output is None:
         raise typer.BadParameter("Expected a folder for what would be sent with --dry-run: add -o FOLDER.")
     publication = Publication(repo, license, task, data_terms, base_model, with_code=with_code)
@@ -294,10 +295,11 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder, for SamModel.from_pretrained.")],
 ) -> None:
     """Write a stock SamModel folder: of a checkpoint of the SAM family, or of an encoder that was trained here."""
+    from imedsam.sam_checkpoints import WEIGHTS
     from imedsam.training.convert import convert_to_folder
 
     with explain_errors():
-        if not Path(model).is_file():
+        if not model.endswith(WEIGHTS):
             check_model_name("--model", model)
         sam = convert_to_folder(model, output)
     vision: Any = sam.config.vision_config

@@ -8,7 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.modeling_imedsam import IMedSamModel
-from imedsam.sam_checkpoints import load_sam
+from imedsam.sam_checkpoints import WEIGHTS, load_sam
 from imedsam.training.report import new_folder
 
 
@@ -28,7 +28,7 @@ def convert_to_folder(model: str, output: Path) -> SamModel:
 
 
 def to_sam(model: str) -> SamModel:
-    if not os.path.isfile(model):
+    if os.path.isdir(model) or not model.endswith(WEIGHTS):
         model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
         if model_type == IMedSamConfig.model_type:
             return IMedSamModel.from_pretrained(model).to_sam()

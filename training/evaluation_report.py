@@ -33,7 +33,7 @@ from imedsam.training.evaluation_tables import comparison_table, csv_table, mark
 from imedsam.training.examples import PHANTOM_SIZE, Examples, load_examples
 from imedsam.training.intervals import mean_interval, paired_bootstrap
 from imedsam.training.metrics import MetricTable, check_distances
-from imedsam.training.report import provenance, write_atomically, write_json
+from imedsam.training.report import provenance, weights_hash, write_atomically, write_json
 
 NUM_CASES = 6
 
@@ -179,6 +179,7 @@ def evaluate_to_folder(
         return {}
     report = {
         "model": model,
+        "weights": weights_hash(model),
         "compare": compare,
         "data": data,
         "split": split,

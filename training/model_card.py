@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -30,7 +30,7 @@ class Publication:
         task: what is segmented in what, in a few words.
         data_terms: where the training data are from, and on which terms.
         base_model: name on the Hub of the SAM that it was trained from, if it was trained from a copy.
-        evaluations: what the metrics.json of `imedsam evaluate` hold.
+        evaluations: what the metrics.json of `imedsam evaluate` hold, the model's own name being "this model".
         picture: a file beside the card.
         with_code: it can be loaded without this package.
     """
@@ -58,12 +58,14 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
     arguments = report["arguments"]
     dataset, method = arguments["dataset_name"], METHODS[arguments["method"]]
     base = (publication and publication.base_model) or arguments["model_name_or_path"]
+    # Where it was trained: a name such as data/mine may be a folder there.
+    on_hub = {*report.get("on_hub", ()), publication and publication.base_model}
     name = publication.name if publication else Path(arguments["output_dir"]).resolve().name
     is_model = method.model_class is IMedSamModel
     results = [_training_results(report)] if not (publication and publication.evaluations) else []
     results += [_evaluation_results(evaluation) for evaluation in (publication.evaluations if publication else ())]
     return CARD.format(
-        head=_metadata(report, publication, name, base),
+        head=_metadata(report, publication, name, base, on_hub),
         name=name,
         method=method.description,
         usage=(USAGE if is_model else BASELINE_USAGE).format(
@@ -74,8 +76,8 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
         else "",
         task=f" Its task: {publication.task}." if publication and publication.task else "",
         picture=f"![What it gives]({publication.picture})\n\n" if publication and publication.picture else "",
-        dataset=shown_name(dataset),
-        base=shown_name(base),
+        dataset=dataset if dataset in on_hub else shown_name(dataset),
+        base=base if base in on_hub else shown_name(base),
         image_size=report["image_size"],
         classes=", ".join(report["classes"].values()),
         table="\n".join(results),
@@ -93,7 +95,7 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
     )
 
 
-def _metadata(report: Mapping, publication: Publication | None, name: str, base: str) -> str:
+def _metadata(report: Mapping, publication: Publication | None, name: str, base: str, on_hub: set) -> str:
     arguments = report["arguments"]
     tags = ["medical", "image-segmentation"]
     if arguments["method"].startswith("imedsam"):
@@ -103,8 +105,8 @@ def _metadata(report: Mapping, publication: Publication | None, name: str, base:
         pipeline_tag="mask-generation",
         license=publication.license if publication else None,
         tags=tags,
-        base_model=base if is_hub_name(base) else None,
-        datasets=[arguments["dataset_name"]] if is_hub_name(arguments["dataset_name"]) else None,
+        base_model=base if base in on_hub else None,
+        datasets=[arguments["dataset_name"]] if arguments["dataset_name"] in on_hub else None,
         model_name=name if publication and publication.evaluations else None,
         eval_results=[
             result
@@ -154,7 +156,7 @@ def _evaluation_results(evaluation: Mapping) -> str:
     for setting in evaluation["settings"]:
         first, *others = setting["methods"]
         rows = {"this model": setting["methods"][first]["mean"]}
-        rows |= {shown_name(name): setting["methods"][name]["mean"] for name in others}
+        rows |= {name: setting["methods"][name]["mean"] for name in others}
         images = f"{evaluation['num_images']} images"
         title = f"{shown_name(evaluation['data'])}, {evaluation['split']} ({images}), {setting['title']}"
         tables.append(markdown_table(rows, title, _titles(evaluation)))
@@ -181,11 +183,12 @@ def markdown_table(
 
 
 def shown_name(name: str) -> str:
-    """Without the path on the machine that it was made on."""
-    return name if name.startswith("phantoms") or is_hub_name(name) else Path(name).name
+    """Without the folders that it is in, on whatever system."""
+    return name if name.startswith("phantoms") else PureWindowsPath(name).name  # which knows both kinds of slashes
 
 
 def is_hub_name(name: str) -> bool:
+    """Whether it is no folder here, and looks like user/name."""
     return name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
 
 

@@ -1,7 +1,6 @@
 """A trained model on the Hub: weights or adapter, processor, model card, metrics and a picture, in one commit."""
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RevisionNotFoundError
+from PIL import Image
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.training.baselines import load_model
-from imedsam.training.model_card import Publication, is_hub_name, model_card, shown_name
+from imedsam.training.model_card import Publication, model_card, shown_name
 from imedsam.training.remote_code import write_code
-from imedsam.training.report import new_folder, write_json
+from imedsam.training.report import new_folder, weights_hash, write_json
 
 # Of the arguments of a training and of an evaluation.
 PATHS = {
@@ -30,6 +30,7 @@ PATHS = {
     "compare",
     "data",
 }
+PICTURE = "picture.png"
 # Rows of single objects, whose names may say whose they are.
 OBJECTS = {"objects", "validation_objects", "test_objects"}
 
@@ -63,6 +64,7 @@ def prepare_folder(
     """
     training = read_metrics(Path(model), "of a finished training: publish the folder that it left")
     evaluations = [read_evaluation(report, Path(model)) for report in reports]
+    shown = None if picture is None else Image.open(picture).convert("RGB")
     with new_folder(output) as folder:
         trained = load_model(model)
         if publication.with_code and (adapter or type(trained) is not IMedSamModel):
@@ -77,27 +79,25 @@ def prepare_folder(
             write_code(folder)
         for number, evaluation in enumerate(evaluations, 1):
             write_json(folder / f"evaluation_{number}.json", summary_of(evaluation))
-        if picture is not None:
-            shutil.copy(picture, folder / f"picture{picture.suffix}")
-        shown = None if picture is None else f"picture{picture.suffix}"
-        (folder / "README.md").write_text(
-            model_card(training, replace(publication, evaluations=evaluations, picture=shown))
-        )
+        if shown is not None:
+            shown.save(folder / PICTURE)  # anew, without what a camera or a scanner notes beside the pixels
+        said = replace(publication, evaluations=evaluations, picture=None if shown is None else PICTURE)
+        (folder / "README.md").write_text(model_card(training, said), encoding="utf-8")
         write_json(folder / "metrics.json", summary_of(training))
     return sorted(path for path in output.rglob("*") if path.is_file())
 
 
 def save_adapter(model: IMedSamModel, folder: Path, base_model: str | None) -> None:
-    if model.config.base_model_sha256 is None:
+    if getattr(model.config, "base_model_sha256", None) is None:
         raise ValueError(
-            "Expected an adapter that knows its SAM's weights, got one that was trained before they were noted: "
+            "Expected an adapter that knows its SAM's weights, got a model that has no SAM or does not know it: "
             "publish the whole model."
         )
     model.save_adapter(folder)
     path = folder / ADAPTER_CONFIG_NAME
     config = json.loads(path.read_text())
     base = base_model or config["base_model_name_or_path"]
-    if base is None or not is_hub_name(base):
+    if base_model is None and config["revision"] is None:  # which a base from the Hub has
         raise ValueError(
             f"Expected an adapter whose SAM others find on the Hub, got one on {base}: say where it is there with "
             "--base-model user/name (its weights' hash is held to), or publish the whole model."
@@ -126,7 +126,12 @@ def upload(
         if get_token() is None:
             raise ValueError("Expected a token to write to the Hub with, got none: `hf auth login`, or set HF_TOKEN.")
         if api.repo_exists(repo_id):
-            if not update and set(api.list_repo_files(repo_id)) - {".gitattributes"}:
+            if private and not api.repo_info(repo_id).private:
+                raise ValueError(
+                    f"Expected a private repository, got {repo_id}, which all can see: make it private first, or "
+                    "choose another name."
+                )
+            if not update and files_of(api, repo_id, revision):
                 raise ValueError(
                     f"Expected a new repository, got {repo_id}, which exists: add --update to replace what it "
                     "holds by a commit on top, or choose another name."
@@ -135,7 +140,7 @@ def upload(
             api.create_repo(repo_id, private=private)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = set(api.list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
+        there = files_of(api, repo_id, revision)
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         # `upload_folder` may make several commits of many files.
         commit = api.create_commit(
@@ -148,6 +153,14 @@ def upload(
             revision=revision,
         )
     return commit.commit_url
+
+
+def files_of(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
+    """What a branch holds of ours; nothing, if it is not there."""
+    try:
+        return set(api.list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
+    except RevisionNotFoundError:
+        return set()
 
 
 @contextmanager
@@ -183,11 +196,33 @@ def read_evaluation(report: Path, model: Path) -> dict[str, Any]:
     evaluation = read_metrics(report, "of a finished `imedsam evaluate`")
     if "settings" not in evaluation:
         raise ValueError(f"Expected the report of an evaluation in {report}, got another metrics.json.")
-    if Path(evaluation["model"]).resolve().name != model.resolve().name:
+    if evaluation.get("weights") != weights_hash(str(model)):
         raise ValueError(
-            f"Expected a report on {model}, got one on {evaluation['model']} in {report}: evaluate it anew."
+            f"Expected a report on the weights in {model}, got one on others, of {evaluation['model']}, in {report}: "
+            "evaluate it anew."
         )
-    return evaluation
+    return with_shown_names(evaluation)
+
+
+def with_shown_names(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The models are called by folders there: the one published becomes "this model"."""
+    own, *others = evaluation["settings"][0]["methods"]
+    names = {own: "this model"}
+    for other in others:
+        short = shown_name(other)
+        names[other] = "the other model" if short in (shown_name(own), *names.values()) else short
+    settings = [
+        {
+            **setting,
+            "methods": {names[name]: values for name, values in setting["methods"].items()},
+            "comparisons": [
+                {**row, "method": names[row["method"]], "against": names[row["against"]]}
+                for row in setting["comparisons"]
+            ],
+        }
+        for setting in evaluation["settings"]
+    ]
+    return {**evaluation, "settings": settings}
 
 
 def summary_of(content: Any) -> Any:

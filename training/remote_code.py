@@ -32,7 +32,7 @@ def write_code(folder: Path) -> list[Path]:
     written = []
     for module, source in collect_modules({path.rpartition(".")[0] for path in classes}).items():
         path = folder / f"{module.rpartition('.')[2]}.py"
-        path.write_text(flatten_imports(source))
+        path.write_text(flatten_imports(source), encoding="utf-8")
         written.append(path)
     config, processor_config = (json.loads((folder / name).read_text()) for name in (CONFIG_NAME, PROCESSOR_NAME))
     write_json(folder / CONFIG_NAME, {**config, "auto_map": auto_map(MODEL_CLASSES)})
@@ -56,7 +56,7 @@ def collect_modules(modules: set[str]) -> dict[str, str]:
             raise ValueError(
                 f"Expected a module of its own file, got {module}: import from the module, not a package."
             )
-        sources[module] = Path(spec.origin).read_text()
+        sources[module] = Path(spec.origin).read_text(encoding="utf-8")
         waiting += [node.module for node in _own_imports(sources[module]) if node.module]
     names = [module.rpartition(".")[2] for module in sources]
     if len(set(names)) < len(names):

@@ -1,5 +1,6 @@
 """What a training run leaves beside its weights: metrics.json, curves.png and a model card."""
 
+import hashlib
 import json
 import math
 import platform
@@ -25,8 +26,17 @@ def write_report(folder: Path, report: dict) -> None:
             are added.
     """
     plot_curves(report["history"], folder / "curves.png")
-    (folder / "README.md").write_text(model_card(report))
+    (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     write_json(folder / "metrics.json", {**report, **provenance()})
+
+
+def weights_hash(model: str) -> str | None:
+    """SHA-256 of the weights in a model's folder; None for a name on the Hub."""
+    digest = hashlib.sha256()
+    files = sorted(Path(model).glob("*.safetensors"))
+    for path in files:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest() if files else None
 
 
 def provenance() -> dict:
@@ -44,7 +54,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -57,6 +67,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: something is there.
     """
+    path = path.resolve()
     if path.is_file() or path.is_dir() and any(path.iterdir()):
         raise ValueError(f"Expected a new folder, got {path}, which holds something: move it away or choose another.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +75,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         folder = Path(temporary, path.name)
         folder.mkdir()
         yield folder
+        if path.is_dir():
+            path.rmdir()
         folder.replace(path)
 
 

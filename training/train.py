@@ -35,6 +35,7 @@ from imedsam.training.data import EpochSampler, PromptedSegmentationDataset, col
 from imedsam.training.evaluation import class_means, evaluate_masks, floor_metrics
 from imedsam.training.examples import Examples, load_examples, read_labels, without_empty_masks
 from imedsam.training.metrics import MetricTable
+from imedsam.training.model_card import is_hub_name
 from imedsam.training.report import write_report
 
 # Which flag holds the learning rate of which part of the model.
@@ -221,6 +222,7 @@ def finish(accelerator, processor, examples: dict[str, Examples], args, state: T
     model = load_model(output_dir / "best").to(accelerator.device)
     report = {
         "arguments": vars(args),
+        "on_hub": [name for name in (args.model_name_or_path, args.dataset_name) if is_hub_name(name)],
         "image_size": model.config.image_size,
         "classes": examples["train"].id2label,
         "num_images": {split: len(part) for split, part in examples.items()},
