@@ -42,10 +42,10 @@ def export_to_folder(model: str, output: Path, *, file_format: str = "onnx", int
         ValueError: a model that has no such field (see `check_exportable`), int8 without ONNX, or files that do not
             give what the model gives.
     """
-    pipeline = load_pipeline(model)
-    check_exportable(pipeline)
     if int8 and file_format != "onnx":
         raise ValueError(f"Expected int8 with the onnx format, got {file_format}: leave it out.")
+    pipeline = load_pipeline(model)
+    check_exportable(pipeline)
     network = pipeline.model.float().requires_grad_(False)
     inputs = example_inputs(network)
     with new_folder(output) as folder:
