@@ -3,8 +3,17 @@
 import re
 from pathlib import Path
 
+from mkdocs.structure.files import File
+
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
+
+
+def on_files(files, config):
+    """mkdocs calls it once: pictures that pages show from beside docs/ are of the site."""
+    for picture in sorted(ROOT.glob("benchmarks/*.png")):
+        files.append(File.generated(config, picture.relative_to(ROOT).as_posix(), abs_src_path=str(picture)))
+    return files
 
 
 def on_page_markdown(markdown: str, page, config, **kwargs) -> str:
@@ -24,6 +33,6 @@ def _link(text: str, target: str, folder: Path, repository: str | None) -> str:
     if file.is_relative_to(ROOT / "docs"):
         return f"[{text}]({file.relative_to(ROOT / 'docs').as_posix()}{hash_}{anchor})"
     place = f"{file.relative_to(ROOT).as_posix()}{hash_}{anchor}"
-    if file.suffix == ".png":  # `blob` would be a page around it
-        return f"[{text}]({repository}/raw/main/{place})" if repository else f"[{text}]({file.as_uri()})"
+    if file.suffix == ".png":
+        return f"[{text}]({place})"
     return f"[{text}]({repository}/blob/main/{place})" if repository else text

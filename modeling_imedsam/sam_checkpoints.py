@@ -106,12 +106,19 @@ def load_sam(name_or_path: str | os.PathLike, **loading: Any) -> SamCheckpoint:
 
 @contextmanager
 def refuse_damaged(path: str) -> Iterator[None]:
-    """Says of a truncated file what it is."""
+    """Says of a truncated file, and of one beside another's configuration, what it is."""
     try:
         yield
     except (SafetensorError, EOFError) as error:
         raise ValueError(
             f"Expected a whole checkpoint at {path}, got a damaged one ({error}): copy or download it again."
+        ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"Expected weights at {path} of the sizes that its config.json says, got others (the table above): take "
+            "the two from one place."
         ) from error
 
 

@@ -2,10 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftConfig, PeftType
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import SamModel
@@ -224,6 +228,7 @@ def test_of_sam_vit_base_an_adapter_is_small(tmp_path):
     """At most 7 MB in float32 with one class, whatever SAM weighs."""
     torch.manual_seed(0)
     model = IMedSamModel(IMedSamConfig())
+    model.config.base_model_sha256 = "0" * 64  # SAM's own weights cannot be had everywhere
     model.add_adapter()
     model.save_adapter(tmp_path)
     files = sum(path.stat().st_size for path in tmp_path.iterdir())
@@ -422,11 +427,40 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(from_sam, inputs, tmp_path
     assert torch.equal(masks(model, inputs), masks(from_sam(seed=2), inputs))
 
 
-def test_merged_it_is_no_longer_on_its_sam(model):
-    """An adapter that is trained on it then belongs to it, and is not put on the SAM."""
+def test_merged_it_is_no_longer_on_its_sam(model, tmp_path):
+    """An adapter that is trained on it then belongs to it, and would be put on the SAM."""
     assert model.config.base_model_sha256 is not None
     merged = model.merge_and_unload()
     assert merged.config.base_model_sha256 is None and not merged.name_or_path
+    merged.config.lora_rank, merged.config.lora_targets = 2, ["q_proj"]
+    merged.add_adapter()
+    with pytest.raises(ValueError, match="Expected an adapter on a SAM, got one on weights that are no SAM's"):
+        merged.save_adapter(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_an_adapter_goes_to_the_device_that_is_asked_for(model, inputs, tmp_path):
+    model.save_adapter(tmp_path)
+    expected = masks(model, inputs)
+    for device_map in ("cpu", {"": "cpu"}, torch.device("cpu")):
+        loaded = IMedSamModel.from_pretrained(tmp_path, device_map=device_map)
+        assert torch.equal(masks(loaded, inputs), expected)
+    assert IMedSamModel.from_pretrained(tmp_path, device_map="meta").device.type == "meta"
+    for device_map in ("nowhere", {"vision_encoder": "cpu", "mask_decoder": "meta"}):
+        with pytest.raises(ValueError, match="Expected a device_map of one device, such as"):
+            IMedSamModel.from_pretrained(tmp_path, device_map=device_map)
+
+
+@pytest.mark.slow
+def test_the_example_of_two_tasks(sam_folder, tmp_path):
+    example = Path(__file__).parents[1] / "examples" / "two_tasks.py"
+    flags = ["--base", sam_folder, "--output_dir", tmp_path / "out", "--image_size", "64", "--steps", "4"]
+    command = list(map(str, [sys.executable, example, *flags]))
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    assert "ultrasound: classes object; " in done.stdout and "tomography: classes lesion, organ; " in done.stdout
+    with Image.open(tmp_path / "out" / "two_tasks.png") as picture:
+        assert min(picture.size) > 200
 
 
 def test_a_sam_checkpoint_says_what_to_do(sam_folder):

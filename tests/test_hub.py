@@ -173,11 +173,12 @@ def test_what_keeps_it_from_the_hub_is_named(hub, trained, tmp_path, options, me
 @pytest.mark.parametrize("part", ["/lfs/", "/commit/"])
 def test_a_failed_upload_leaves_nothing_half_made(hub, trained, tmp_path, part):
     hub.fail("PUT" if part == "/lfs/" else "POST", part, status=507)  # which the client does not try again
-    status, said = publish(hub, tmp_path / "home", trained)
+    command = [hub, tmp_path / "home", trained, "-o", tmp_path / "sent"]
+    status, said = publish(*command)
     assert status == 2 and "try again; what is there is as it was" in said
-    assert set(hub.files(REPO)) == {".gitattributes"}
+    assert set(hub.files(REPO)) == {".gitattributes"} and not (tmp_path / "sent").exists()
     hub.heal()
-    status, said = publish(hub, tmp_path / "home", trained)
-    assert status == 0, said
+    status, said = publish(*command)
+    assert status == 0 and (tmp_path / "sent").is_dir(), said
     assert json.loads(hub.files(REPO)["config.json"])["model_type"] == "imedsam"
     assert len(hub.files(REPO)["model.safetensors"]) > 1e5

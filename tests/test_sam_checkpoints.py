@@ -1,7 +1,9 @@
 """The family's original files against references that were written from the published architectures."""
 
+import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,4 +270,14 @@ def test_a_folder_of_another_model_is_refused(from_sam, tmp_path):
     with pytest.raises(
         ValueError, match="Expected a SAM checkpoint at .*, got one of type 'imedsam': give a SamModel's"
     ):
+        IMedSamModel.from_sam_pretrained(tmp_path)
+
+
+def test_weights_beside_another_configuration_are_refused(sam_folder, tmp_path):
+    for path in Path(sam_folder).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["mlp_dim"] *= 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="of the sizes that its config.json says, got others"):
         IMedSamModel.from_sam_pretrained(tmp_path)

@@ -168,6 +168,8 @@ def test_the_card(trained):
     assert "library_name: imedsam" in head and "pipeline_tag: mask-generation" in head
     assert f"| this model | {100 * read(trained)['validation']['dice']:.1f} |" in body
     assert "inscribed ellipse" in body and "test (3 images)" in body and "Limits" in body
+    machine = read(trained)["machine"]
+    assert f"on {machine['gpu'] or '{threads} cores of {processor}'.format(**machine)}, seed" in body
     code = body.split("```python\n")[1].split("```")[0]
     image = trained / "image.png"
     Image.new("RGB", (50, 40)).save(image)

@@ -245,21 +245,24 @@ def publish(
 
     from imedsam.training.model_card import Publication
     from imedsam.training.publish import prepare_folder, upload
+    from imedsam.training.report import new_folder
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
         raise typer.BadParameter(f"Expected --repo as user/name, of letters, digits, - _ and ., got {repo!r}.")
     if dry_run and output is None:
         raise typer.BadParameter("Expected a folder for what would be sent with --dry-run: add -o FOLDER.")
     publication = Publication(repo, license, task, data_terms, base_model, with_code=with_code)
-    with explain_errors(), tempfile.TemporaryDirectory() as temporary:
-        folder = output or Path(temporary, "model")
+    # What is kept in --output is all that was sent, or nothing, so that the same command can be tried again.
+    with explain_errors(), new_folder(output) if output else tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         files = prepare_folder(model, folder, publication, reports=report or (), picture=picture, adapter=adapter)
         for path in files:
             typer.echo(f"{path.stat().st_size / 1e6:9.3f} MB  {path.relative_to(folder)}")
-        if dry_run:
-            typer.echo(f"Nothing was sent. What would be is in {folder}.")
-            return
-        url = upload(folder, repo, private=private, revision=revision, update=update)
+        if not dry_run:
+            url = upload(folder, repo, private=private, revision=revision, update=update)
+    if dry_run:
+        typer.echo(f"Nothing was sent. What would be is in {output}.")
+        return
     typer.echo(f"Sent to {url}")
 
 

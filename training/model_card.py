@@ -8,15 +8,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.training.baselines import METHODS
+from imedsam.training.evaluation_tables import COLUMNS
+from imedsam.training.unet import UNetModel
 
-# Title, factor.
-COLUMNS = {
-    "dice": ("Dice", 100),
-    "iou": ("IoU", 100),
-    "hd": ("HD ({unit})", 1),
-    "hd95": ("HD95 ({unit})", 1),
-    "nsd": ("NSD at {tolerance}", 100),
-}
+METRICS = ("dice", "iou", "hd", "hd95", "nsd")
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,8 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
     arguments = report["arguments"]
     dataset, method = arguments["dataset_name"], METHODS[arguments["method"]]
     base = (publication and publication.base_model) or arguments["model_name_or_path"]
+    if method.model_class is UNetModel:
+        base = None  # whatever was given
     # Where it was trained: a name such as data/mine may be a folder there.
     on_hub = {*report.get("on_hub", ()), publication and publication.base_model}
     name = publication.name if publication else Path(arguments["output_dir"]).resolve().name
@@ -77,7 +74,7 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
         task=f" Its task: {publication.task}." if publication and publication.task else "",
         picture=f"![What it gives]({publication.picture})\n\n" if publication and publication.picture else "",
         dataset=dataset if dataset in on_hub else shown_name(dataset),
-        base=base if base in on_hub else shown_name(base),
+        start="nothing" if base is None else f"`{base if base in on_hub else shown_name(base)}`",
         image_size=report["image_size"],
         classes=", ".join(report["classes"].values()),
         table="\n".join(results),
@@ -86,16 +83,17 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
         epochs=len(report["history"]),
         best=report["best_epoch"] + 1,
         seed=arguments["seed"],
-        hours=f"{report['seconds'] / 3600:.1f}"
+        hours=f"{report['seconds'] / 3600:.1f} hours"
         if report["seconds"] >= 3600
         else f"{report['seconds'] / 60:.0f} minutes",
+        hardware=_hardware(report),
         terms=TERMS.format(license=publication.license, data=publication.data_terms or NO_TERMS)
         if publication
         else "",
     )
 
 
-def _metadata(report: Mapping, publication: Publication | None, name: str, base: str, on_hub: set) -> str:
+def _metadata(report: Mapping, publication: Publication | None, name: str, base: str | None, on_hub: set) -> str:
     arguments = report["arguments"]
     tags = ["medical", "image-segmentation"]
     if arguments["method"].startswith("imedsam"):
@@ -131,11 +129,19 @@ def _eval_results(evaluation: Mapping) -> list[EvalResult]:
             dataset_split=evaluation["split"],
             metric_type=key,
             metric_name=_titles(evaluation)[key],
-            metric_value=round(factor * means[key], 2),
+            metric_value=round(COLUMNS[key][1] * means[key], 2),
         )
-        for key, (_, factor) in COLUMNS.items()
+        for key in METRICS
         if means.get(key) is not None
     ]
+
+
+def _hardware(report: Mapping) -> str:
+    """Where it was trained; nothing for a report that does not say."""
+    machine = report.get("machine")
+    if machine is None:
+        return ""
+    return f" on {machine['gpu'] or '{threads} cores of {processor}'.format(**machine)}"
 
 
 def _training_results(report: Mapping) -> str:
@@ -164,20 +170,20 @@ def _evaluation_results(evaluation: Mapping) -> str:
 
 
 def _titles(evaluation: Mapping) -> dict[str, str]:
-    values = {"unit": evaluation["unit"], "tolerance": f"{evaluation['tolerance']:g} {evaluation['unit']}"}
-    return {key: title.format(**values) for key, (title, _) in COLUMNS.items()}
+    """With the units of what is not in percent."""
+    unit, tolerance = evaluation["unit"], evaluation["tolerance"]
+    units = {"hd": f" ({unit})", "hd95": f" ({unit})", "nsd": f" at {tolerance:g} {unit}"}
+    return {key: COLUMNS[key][0] + units.get(key, "") for key in METRICS}
 
 
 def markdown_table(
     rows: Mapping[str, Mapping[str, float]], title: str = "", titles: Mapping[str, str] | None = None
 ) -> str:
     """A row per method; Dice, IoU and surface Dice (NSD) in percent, distances in pixels unless the titles say so."""
-    titles = titles or {key: text.format(unit="px", tolerance="1 px") for key, (text, _) in COLUMNS.items()}
-    lines = [f"| {title} | " + " | ".join(titles.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    titles = titles or _titles({"unit": "px", "tolerance": 1})
+    lines = [f"| {title} | " + " | ".join(titles.values()) + " |", "|---|" + "---:|" * len(METRICS)]
     for name, metrics in rows.items():
-        values = (
-            "–" if metrics[key] is None else f"{scale * metrics[key]:.1f}" for key, (_, scale) in COLUMNS.items()
-        )
+        values = ("–" if metrics[key] is None else f"{COLUMNS[key][1] * metrics[key]:.1f}" for key in METRICS)
         lines.append(f"| {name} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
@@ -231,7 +237,7 @@ CARD = """---
 
 # {name}
 
-{method}; trained from `{base}` on
+{method}; trained from {start} on
 `{dataset}` at {image_size} x {image_size} pixels. It takes an image and a box per object and gives the object's
 mask at any resolution. Classes: {classes}.{task}
 
@@ -253,8 +259,8 @@ come from the reference masks, so the filled box and the ellipse inscribed in it
 {table}
 ## Training
 
-{images} images, {epochs} epochs, {hours}, seed {seed}; the weights are those of epoch {best}, the best by validation
-Dice. Trainable parameters: {trained}. `metrics.json` holds the arguments, versions and history.
+{images} images, {epochs} epochs, {hours}{hardware}, seed {seed}; the weights are those of epoch {best}, the best by
+validation Dice. Trainable parameters: {trained}. `metrics.json` holds the arguments, versions and history.
 {terms}
 ## Limits and intended use
 

@@ -34,6 +34,7 @@ from imedsam.training.checkpoints import TrainerState, recover_folder, resume, s
 from imedsam.training.data import EpochSampler, PromptedSegmentationDataset, collate_prompts
 from imedsam.training.evaluation import class_means, evaluate_masks, floor_metrics
 from imedsam.training.examples import Examples, load_examples, read_labels, without_empty_masks
+from imedsam.training.machine import describe_machine
 from imedsam.training.metrics import MetricTable
 from imedsam.training.model_card import is_hub_name
 from imedsam.training.report import write_report
@@ -228,6 +229,7 @@ def finish(accelerator, processor, examples: dict[str, Examples], args, state: T
         "num_images": {split: len(part) for split, part in examples.items()},
         "trainable_parameters": {name: sum(p.numel() for p in part) for name, part in model.parameter_parts().items()},
         "seconds": round(state.seconds, 1),
+        "machine": describe_machine(),
         "num_processes": accelerator.num_processes,
         "best_epoch": state.best_epoch,
         "history": state.history,
