@@ -34,67 +34,67 @@ class IMedSamConfig(PreTrainedConfig):
     `ellipse_prior=False`.
 
     Args:
-        sam_config (`SamConfig` or `dict`, *optional*):
+        sam_config (SamConfig or dict, optional):
             The underlying SAM. By default ViT-B for 384 x 384 pixels.
-        lora_rank (`int`):
+        lora_rank (int, defaults to 4):
             Rank of the low-rank adapters; 0 trains without LoRA.
-        lora_alpha (`int`):
+        lora_alpha (int, defaults to 4):
             LoRA's scale is `lora_alpha / lora_rank`.
-        lora_targets (`list[str]`, *optional*):
+        lora_targets (list[str], optional):
             Projections of every attention of the image encoder that get an adapter, out of `q_proj`, `k_proj`,
             `v_proj`; by default `q_proj` and `v_proj`, and none with `lora_rank=0`.
-        frequency_view (`str` or `None`):
+        frequency_view (str or None, defaults to "amplitude"):
             Picture of the spectrum that feeds the frequency branch; `None` leaves the branch out.
-        frequency_log (`bool`):
+        frequency_log (bool, defaults to True):
             Take log(1 + amplitude). Without it everything but the zero frequency is near 0.
-        frequency_hidden (`int`):
+        frequency_hidden (int, defaults to 4):
             Width of a frequency adapter's bottleneck.
-        implicit_decoder (`bool`):
+        implicit_decoder (bool, defaults to True):
             Decode with the implicit field. `False` decodes with SAM's mask decoder, which gives one mask whatever the
             class.
-        coordinate_octaves (`int`):
+        coordinate_octaves (int, defaults to 10):
             L of Eq. 4: octaves of the Fourier features of a point's position in the image.
-        prompt_frame (`bool`):
+        prompt_frame (bool, defaults to True):
             Add the point's position in the prompt's own frame (box centre at 0, box edge at 1).
-        prompt_frame_octaves (`int`):
+        prompt_frame_octaves (int, defaults to 4):
             Octaves of the Fourier features of that position.
-        ellipse_prior (`bool`):
+        ellipse_prior (bool, defaults to True):
             Add the fields' outputs to a learnt multiple of the ellipse inscribed in the prompt's frame, so that a mask
             starts as that ellipse. `False` for the paper's fields, which have to learn what a box is. A single point
             has a circle, a sixteenth of the square in radius: for prompts other than boxes, train with them.
-        pixel_decoder_width (`int` or `None`):
+        pixel_decoder_width (int or None, defaults to None):
             Width of three convolutions that the image features pass on their way to the fields, a multiple of 4.
             `None` for none, as in the paper.
-        coarse_widths (`list[int]`):
+        coarse_widths (list[int], defaults to [1024, 512]):
             Widths of the coarse field's hidden layers.
-        coarse_features (`int`):
+        coarse_features (int, defaults to 256):
             Number of features that the coarse field hands to the fine one.
-        fine_widths (`list[int]`):
+        fine_widths (list[int], defaults to [256, 256]):
             Widths of the fine field's hidden layers, shared by the classes.
-        fine_head_width (`int`):
+        fine_head_width (int, defaults to 128):
             Width of the hidden layer of each class's fine head.
-        dropout (`float`):
+        dropout (float, defaults to 0.5):
             Dropout probability before the coarse head (Eq. 7).
-        uncertainty (`str`):
+        uncertainty (str, defaults to "closed_form"):
             `"closed_form"` (T = infinity, no randomness) or `"monte_carlo"`.
-        monte_carlo_samples (`int`):
+        monte_carlo_samples (int, defaults to 8):
             T of Eq. 7.
-        selection (`str` or `None`):
+        selection (str or None, defaults to "threshold"):
             Which points the fine field refines: `"threshold"` (those more uncertain than the (1 - share) quantile on a
             fixed lattice, so that the result at a point depends on nothing else), `"top_k"` (the paper's rule: the
             most uncertain share of the rendered grid), or `None` (none: the coarse field alone).
-        selection_share (`float`):
+        selection_share (float, defaults to 0.125):
             Share of points to refine, in (0, 1]. 1 refines all of them.
-        selection_lattice (`int`):
+        selection_lattice (int, defaults to 32):
             Side of the lattice on which the threshold is computed.
-        train_image_encoder (`bool`):
+        train_image_encoder (bool, defaults to False):
             Train the whole image encoder; needs `lora_rank=0`. For a start point that is not SAM.
-        train_mask_decoder (`bool`):
+        train_mask_decoder (bool, defaults to False):
             Train SAM's two-way transformer too. With `implicit_decoder=False` it is trained in any case.
-        base_model_sha256 (`str`, *optional*):
+        base_model_sha256 (str, optional):
             SHA-256 of the weights of the SAM that the model starts from, which `from_sam_pretrained` notes: an adapter
             is put on no other one.
-        id2label (`dict[int, str]`, *optional*):
+        id2label (dict[int, str], optional):
             Names of the classes; or give `num_labels`. One class by default.
 
     Raises:

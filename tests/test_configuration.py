@@ -1,12 +1,16 @@
 """The configuration: defaults, what it refuses and says, and files."""
 
+import ast
+import dataclasses
 import json
+import re
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import SamConfig
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
+from imedsam.training.unet import UNetConfig
 
 
 def test_defaults_are_the_papers():
@@ -213,3 +217,16 @@ def test_what_was_saved_before_there_was_a_prior_has_none(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert not IMedSamConfig.from_pretrained(tmp_path).ellipse_prior
     assert IMedSamConfig.from_pretrained(tmp_path, ellipse_prior=True).ellipse_prior
+
+
+@pytest.mark.parametrize("config_class", [IMedSamConfig, UNetConfig])
+def test_the_docstring_has_every_value_and_its_default(config_class):
+    documented = dict(re.findall(r"^ {8}(\w+) \((.*)\):$", config_class.__doc__, flags=re.MULTILINE))
+    fields = {field.name: field.default for field in dataclasses.fields(config_class)}
+    assert documented.keys() == {*config_class.__annotations__, "id2label"} - {"initializer_range"}
+    for name, text in documented.items():
+        if text.endswith(", optional"):
+            assert fields[name] is None
+        else:
+            default = ast.literal_eval(text.partition(", defaults to ")[2])
+            assert default == (list(fields[name]) if isinstance(fields[name], tuple) else fields[name]), name

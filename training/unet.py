@@ -22,15 +22,15 @@ class UNetConfig(PreTrainedConfig):
     Configuration of [`UNetModel`].
 
     Args:
-        image_size (`int`):
+        image_size (int, defaults to 384):
             Side of the square `pixel_values`.
-        box_channel (`bool`):
+        box_channel (bool, defaults to True):
             Give the box as a fourth channel; without it the network sees no prompt.
-        channels (`list[int]`):
+        channels (list[int], defaults to [16, 32, 64, 128, 256]):
             Channels of the levels, each of half the resolution of the one before.
-        num_res_units (`int`):
+        num_res_units (int, defaults to 2):
             Convolutions per level, with a residual connection around them; 0 is one without.
-        id2label (`dict[int, str]`, *optional*):
+        id2label (dict[int, str], optional):
             Names of the classes. One class by default.
     """
 
