@@ -9,6 +9,7 @@ from pathlib import Path
 
 import duplicates
 import fine_field
+import generalist
 import numpy as np
 import one_run
 import plots
@@ -707,3 +708,73 @@ def test_runs_side_by_side_in_processes_of_their_own(root, sam_folder, tmp_path,
     places[places.index("--results") + 1] = tmp_path / "others"
     with pytest.raises(SystemExit, match="Expected every run to finish, got errors in .*octaves=8.*log.txt"):
         runner.main([*map(str, places), "--tables", "octaves", "--jobs", "2", f"--flags={SMALL} --num_points 7"])
+
+
+# The released model
+
+DUPLICATES = "cju8amfdtqi4x09871tygrgqe", "cju886ryxnsl50801r93jai7q"  # of kvasir_other, and of Sessile
+
+
+@pytest.fixture(scope="module")
+def all_sets(tmp_path_factory):
+    """Small data sets under the names of all real ones, with two images of one scene."""
+    root, masks = tmp_path_factory.mktemp("data"), [disk(40, 60, 12 + 4 * i, 20, 8 + i) for i in range(8)]
+    parts = {"train": list("abcd"), "validation": ["e", "f"], "test": ["g", "h"]}
+    for name in ("kvasir_sessile", "busi", "kvasir_other", "cvc_clinicdb"):
+        folder = write_folder(root / name, masks)
+        if name in ("kvasir_sessile", "busi"):
+            (folder / "splits.json").write_text(json.dumps(parts))
+    for number, letter in enumerate("abcdefgh"):
+        rename(root / "cvc_clinicdb", letter, f"{1 + 70 * number}")
+    rename(root / "kvasir_other", "c", DUPLICATES[0])
+    rename(root / "kvasir_sessile", "h", DUPLICATES[1])
+    (root / "kvasir_sessile" / "splits.json").write_text(json.dumps({**parts, "test": ["g", DUPLICATES[1]]}))
+    hearts = [np.maximum(disk(40, 60, 30, 20, 15), disk(40, 60, 30, 20, 8, 3)) for _ in range(6)]
+    folder = write_folder(root / "acdc", hearts, scale=1)
+    for number, letter in enumerate("abcdef"):
+        rename(folder, letter, f"patient{number // 2}_slice{number % 2}")
+    patients = [[f"patient{p}_slice0", f"patient{p}_slice1"] for p in range(3)]
+    (folder / "splits.json").write_text(json.dumps(dict(zip(parts, patients, strict=True))))
+    (folder / "labels.json").write_text('{"0": "background", "1": "myocardium", "2": "none", "3": "left ventricle"}')
+    return root
+
+
+def rename(folder, old, new):
+    for kind, suffix in (("images", "jpg"), ("masks", "png")):
+        (folder / kind / f"{old}.{suffix}").rename(folder / kind / f"{new}.{suffix}")
+
+
+def test_the_released_model_learns_nothing_that_it_is_scored_on(all_sets, tmp_path):
+    names = generalist.split_names(all_sets)
+    assert names["kvasir_other"] == {"train": list("abdefgh"), "validation": [], "test": []}
+    assert names["kvasir_sessile"]["test"] == ["g"]  # the start point has seen the other
+    generalist.write_folders(all_sets, tmp_path)
+    together = tmp_path / generalist.TOGETHER
+    learnt = load_examples(str(together), "train")
+    assert len(learnt) == 4 + 4 + 2 * 2 + 7
+    assert not [name for name in learnt.names if name.startswith("cvc_clinicdb") or DUPLICATES[0] in name]
+    unseen = load_examples(str(tmp_path / "cvc_clinicdb"), "test")
+    assert len(unseen) == 8 and len(set(unseen.groups)) == 8
+    scored = [load_examples(str(together), split) for split in ("validation", "test")]
+    assert not set(learnt.groups) & {group for part in scored for group in part.groups}
+    acdc = load_examples(str(tmp_path / "acdc"), "train")
+    assert acdc.names == [f"patient0_slice{i}_{what}" for i in "01" for what in ("myocardium", "left_ventricle")]
+    ring, ventricle = acdc[0]["mask"], acdc[1]["mask"]
+    assert ring[20, 30] == 0 and ventricle[20, 30] == 1 and ring[20, 19] == 1 and not (ring & ventricle).any()
+
+
+@pytest.mark.slow
+def test_the_released_model_from_data_to_card(all_sets, sam_folder, tmp_path, capsys, monkeypatch):
+    places = ["--data", all_sets, "--start", sam_folder, "--output_dir", tmp_path / "o", "--results", tmp_path / "r"]
+    flags = [*map(str, places), f"--flags={SMALL} --num_warmup_steps 0 --config pixel_decoder_width=16"]
+    for test in ([], ["--test"]):
+        monkeypatch.setattr("sys.argv", ["generalist.py", *flags, *test])
+        generalist.main()
+    assert "cvc_clinicdb, test, native size, exact boxes" in capsys.readouterr().out
+    card = (tmp_path / "o" / "published" / "README.md").read_text()
+    for name in ("kvasir_sessile", "busi", "acdc", "cvc_clinicdb"):
+        assert f"| {name}, test (" in card
+    assert "non-commercial research" in card and " cores of " in card and str(tmp_path) not in card
+    results = json.loads((tmp_path / "r").read_text())["evaluations"]
+    assert [one["num_images"] for one in results] == [1, 2, 4, 8]
+    assert IMedSamModel.from_pretrained(tmp_path / "o" / "published").config.pixel_decoder_width == 16
