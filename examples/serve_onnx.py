@@ -87,18 +87,33 @@ def make_handler(model: Model) -> type[BaseHTTPRequestHandler]:
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(self.rfile.read(length))))
             if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
                 raise ValueError(f"Expected an image of 8 bits, got one of mode {image.mode}.")
-            box = [float(part) for part in query.get("box", [""])[0].split(",") if part]
-            if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
-                raise ValueError(f"Expected ?box=x0,y0,x1,y1 in the image's pixels, got {query.get('box')}.")
-            label, classes = int(query.get("class", ["0"])[0]), len(model.settings["classes"])
-            if not 0 <= label < classes:
-                raise ValueError(f"Expected class in 0 ... {classes - 1}, got {label}.")
-            width, height = map(int, query.get("size", [f"{image.width},{image.height}"])[0].split(","))
-            if not (0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE):
-                raise ValueError(f"Expected size=width,height of at most {LARGEST_SIDE} pixels, got {width},{height}.")
-            return model.segment(image, box, label, (width, height))
+            box = numbers(query, "box", 4, "x0,y0,x1,y1 in the image's pixels")
+            # As the package does, which has no boxes beyond the image.
+            x0, x1 = np.clip(box[::2], 0, image.width).tolist()
+            y0, y1 = np.clip(box[1::2], 0, image.height).tolist()
+            if not (x0 < x1 and y0 < y1):
+                raise ValueError(f"Expected box=x0,y0,x1,y1 that has a part in the image, got {box}.")
+            (label,), classes = numbers(query, "class", 1, "a number", "0"), len(model.settings["classes"])
+            if label not in range(classes):
+                raise ValueError(f"Expected class in 0 ... {classes - 1}, got {label:g}.")
+            size = numbers(query, "size", 2, "width,height", f"{image.width},{image.height}")
+            if not all(length in range(1, LARGEST_SIDE + 1) for length in size):
+                raise ValueError(f"Expected size=width,height of at most {LARGEST_SIDE} pixels, got {size}.")
+            return model.segment(image, [x0, y0, x1, y1], int(label), (int(size[0]), int(size[1])))
 
     return Handler
+
+
+def numbers(query: dict[str, list[str]], name: str, count: int, what: str, default: str = "") -> list[float]:
+    """A parameter of so many finite numbers."""
+    text = query.get(name, [default])[0]
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != count or not np.isfinite(values).all():
+        raise ValueError(f"Expected {name}={what}, got {text!r}.")
+    return values
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from splits import clusters, find_relatives, make_splits, read_names
 from imedsam.training.evaluation_report import evaluate_to_folder
 from imedsam.training.examples import SPLITS, images_by_name, label_values, read_labels
 from imedsam.training.model_card import Publication, shown_name
-from imedsam.training.publish import prepare_folder, read_evaluation, summary_of
+from imedsam.training.publish import prepare_folder, read_evaluation, read_metrics, summary_of
 from imedsam.training.report import write_json
 from imedsam.training.train import main as train
 
@@ -53,6 +53,11 @@ PUBLICATION = Publication(
     "(Bernard et al., 2018), non-commercial research. The start point has learnt from them too, and from public "
     "images of nuclei (DSB 2018), chest X-rays (Montgomery, Shenzhen) and atria (2018 left atrium challenge). So: "
     "research, and nothing commercial.",
+)
+METRICS = ("dice", "hd95", "nsd")
+TRAINING_FACTS = (
+    *("arguments", "image_size", "num_images", "trainable_parameters", "best_epoch", "validation"),
+    *("seconds", "machine", "date", "versions"),
 )
 RESULTS = Path(__file__).with_suffix(".json")
 
@@ -83,8 +88,11 @@ def main() -> None:
     for evaluation in evaluations:
         print(summary(evaluation))
     if args.test:
-        prepare_folder(model, args.output_dir / "published", PUBLICATION, reports=reports)
-        write_json(args.results, {"evaluations": [summary_of(evaluation) for evaluation in evaluations]})
+        training = summary_of(read_metrics(Path(model), "of the training"))
+        facts = {key: training[key] for key in TRAINING_FACTS}
+        write_json(args.results, {"training": facts, "evaluations": list(map(scores, evaluations))})
+        if not (published := args.output_dir / "published").exists():
+            prepare_folder(model, published, PUBLICATION, reports=reports)
 
 
 def split_names(root: Path) -> dict[str, dict[str, list[str]]]:
@@ -127,10 +135,11 @@ def write_folders(root: Path, output: Path) -> None:
     together = ObjectsFolder(output / TOGETHER)
     for dataset, splits in split_names(root).items():
         alone, images = ObjectsFolder(output / dataset), images_by_name(root / dataset / "images")
+        everything = [name for names in splits.values() for name in names]
+        scenes = dict(zip(everything, clusters(dataset, everything, read_pairs()), strict=True))
         for split, names in splits.items():
-            scenes = clusters(dataset, names, read_pairs())
-            for image_name, scene in zip(names, scenes, strict=True):
-                image, group = images[image_name], f"{dataset} {split} {scene}"
+            for image_name in names:
+                image, group = images[image_name], f"{dataset} {scenes[image_name]}"
                 for name, mask in objects_of(root / dataset, image_name):
                     alone.add(split, name, group, image, mask)
                     if dataset != UNSEEN:
@@ -148,14 +157,29 @@ def objects_of(folder: Path, name: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def summary(evaluation: dict) -> str:
-    """What the card says of a data set, in lines, and by how much the model is ahead of each floor."""
+    """What the model and each floor score on a data set, in lines."""
     lines = []
     for setting in evaluation["settings"]:
         lines.append(f"{shown_name(evaluation['data'])}, {evaluation['split']}, {setting['title']}")
         for name, values in setting["methods"].items():
-            dice, hd95, nsd = (values["mean"][key] for key in ("dice", "hd95", "nsd"))
+            dice, hd95, nsd = (values["mean"][key] for key in METRICS)
             lines.append(f"  {name}: Dice {100 * dice:.1f}, HD95 {hd95:.1f}, NSD {100 * nsd:.1f}")
     return "\n".join(lines)
+
+
+def scores(evaluation: dict) -> dict:
+    """The means of a report, and by how much the model is ahead of each floor, with intervals."""
+    settings = []
+    for setting in evaluation["settings"]:
+        compared = [row for row in setting["comparisons"] if row["metric"] in METRICS]
+        means = {name: {key: values["mean"][key] for key in METRICS} for name, values in setting["methods"].items()}
+        objects = next(iter(setting["methods"].values()))["num_objects"]
+        settings.append({"title": setting["title"], "num_objects": objects, "means": means, "differences": compared})
+    return {
+        "data": shown_name(evaluation["data"]),
+        **{key: evaluation[key] for key in ("split", "num_images", "mode", "date", "versions")},
+        "settings": settings,
+    }
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from scored_rows import METRICS, Scored, difference, mean_of, read_row, referenc
 from imedsam.training.arguments import parse_args
 from imedsam.training.report import write_atomically
 
+GENERALIST = HERE / "generalist.json"
 BENCHMARK = HERE.parent / "benchmarks" / "methods.json"
 BENCHMARK_SIDE = 384  # of the square of the models that it measures
 # What leaves the time of their masks as it is, LoRA being merged; and what of a row's scoring does.
@@ -48,7 +49,7 @@ def main() -> None:
     sections = [
         section for table in load_tables(FILES) for section in write_table(table, args.results, images, benchmark)
     ]
-    parts = [hygiene(args.results), *sections, fine_field(args.results), times(benchmark)]
+    parts = [hygiene(args.results), *sections, fine_field(args.results), times(benchmark), generalist(GENERALIST)]
     write_between_markers(args.document, "\n\n".join(part for part in parts if part))
 
 
@@ -280,6 +281,42 @@ def times(benchmark: dict | None) -> str:
     )
     table = grid(("method", "s / image", "SAM's decoder being 1", "peak memory (MB)"), *rows)
     return f"### Time and memory of a mask\n\n{about}\n\n{table}"
+
+
+def generalist(path: Path) -> str:
+    """What generalist.py has written: the released model on each set, and by how much it is ahead of the ellipse."""
+    if not path.exists():
+        return ""
+    content = json.loads(path.read_text())
+    heads = ["", "objects"]
+    for metric in ("dice", "hd95", "nsd"):
+        heads += [METRICS[metric][0], "ellipse", "difference"]
+    rows = []
+    for evaluation in content["evaluations"]:
+        for setting in evaluation["settings"]:
+            cells = [f"{evaluation['data']}, {setting['title'].partition(', ')[2]}", str(setting["num_objects"])]
+            for metric in ("dice", "hd95", "nsd"):
+                scale = METRICS[metric][1]
+                own, ellipse = (setting["means"][name][metric] for name in ("this model", "inscribed ellipse"))
+                row = next(
+                    row
+                    for row in setting["differences"]
+                    if (row["against"], row["metric"]) == ("inscribed ellipse", metric)
+                )
+                bounds = (math.nan if row[key] is None else scale * row[key] for key in ("mean", "low", "high"))
+                cells += [f"{scale * own:.1f}", f"{scale * ellipse:.1f}"]
+                cells.append("{:+.1f} [{:.1f}, {:.1f}]".format(*bounds))
+            rows.append(cells)
+    training = content["training"]
+    arguments, images, machine = (training[key] for key in ("arguments", "num_images", "machine"))
+    about = (
+        f"[generalist.py](../experiments/generalist.py): {images['train']} objects, "
+        f"{arguments['max_train_steps']} steps of {arguments['per_device_train_batch_size']}, seed "
+        f"{arguments['seed']}, {training['seconds'] / 3600:.1f} hours beside other work on {machine['threads']} "
+        f"cores of {machine['processor']}; {training['date'][:10]}; the epoch is the best of {images['validation']} "
+        "validation objects. Test images, rendered adaptively; cvc_clinicdb is unseen."
+    )
+    return f"### The released generalist\n\n{about}\n\n{grid(heads, *rows)}"
 
 
 def _share(part: int, whole: int) -> float:

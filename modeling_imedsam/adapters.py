@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, get_peft_model_state_dict
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.implicit_decoder import ImplicitDecoder
 from imedsam.lora import get_peft_config
-from imedsam.sam_checkpoints import only_finding
+from imedsam.sam_checkpoints import only_finding, refuse_damaged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,7 +51,7 @@ class AdaptedSam(SamPreTrainedModel):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self._adapter_classes: dict[str, Any] = {}  # `id2label` by the name of the adapter
+        self._adapter_values: dict[str, dict[str, Any]] = {}  # of the configuration, by the adapter's name
 
     def add_adapter(self, adapter_config: PeftConfig | None = None, adapter_name: str | None = None) -> None:
         """
@@ -64,7 +65,7 @@ class AdaptedSam(SamPreTrainedModel):
         adapter_config = adapter_config or get_peft_config(self.config)
         with self._copying_decoder_of(self.config), _unsurprised():
             super().add_adapter(adapter_config, adapter_name)
-        self._adapter_classes[adapter_name or "default"] = self.config.id2label
+        self._adapter_values[adapter_name or "default"] = _own_values(self.config)
         adapter_config.revision = self._base_revision
         for other in others[:1]:  # on the same SAM, also where this model is known by another name
             adapter_config.base_model_name_or_path = other.base_model_name_or_path
@@ -85,33 +86,57 @@ class AdaptedSam(SamPreTrainedModel):
                 f"Expected a model with LoRA to load {peft_model_id} into, got one without, or with LoRA merged into "
                 "its weights: load it by itself with from_pretrained."
             )
-        other, active = self.config, adapter_name or "default"
-        if self._hf_peft_config_loaded:
-            active = self.active_adapters()[0]
-        if peft_model_id is not None and self._hf_peft_config_loaded:
+        name = adapter_name or "default"
+        others = list(self.peft_config) if self._hf_peft_config_loaded else []
+        active = self.active_adapters()[0] if others else name
+        other = self.config
+        if peft_model_id is not None:
             finding = only_finding(kwargs.get("adapter_kwargs") or {})
             other = self.config_class.from_pretrained(peft_model_id, **finding)
-            for key in _SHARED_BY_ADAPTERS:
+            first = ["base_model_sha256"] if other.base_model_sha256 is not None else []
+            for key in _SHARED_BY_ADAPTERS if others else first:
                 if getattr(other, key) != getattr(self.config, key):
                     raise ValueError(
                         f"Expected an adapter with {key} {getattr(self.config, key)!r}, got {getattr(other, key)!r} "
                         f"at {peft_model_id}: load it by itself with from_pretrained."
                     )
-        with self._copying_decoder_of(other), _unsurprised():
-            info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        # transformers counts other adapters' parameters as missing too.
-        missing = [key for key in info.missing_and_mismatched() if _adapter_of(key) == (adapter_name or "default")]
-        if missing or info.unexpected_keys:
-            if active != (adapter_name or "default"):
+        try:
+            with refuse_damaged(str(peft_model_id)), self._copying_decoder_of(other), _unsurprised():
+                info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+            # transformers counts other adapters' parameters as missing too.
+            missing = [key for key in info.missing_and_mismatched() if _adapter_of(key) == name]
+            if missing or info.unexpected_keys:
+                raise ValueError(
+                    f"Expected an adapter for this model's configuration, got one with missing {sorted(missing)} and "
+                    f"unexpected {sorted(info.unexpected_keys)}: load it by itself with from_pretrained."
+                )
+        except Exception:
+            if others and name not in others and name in self.peft_config:
                 self.set_adapter(active)
-                self.delete_adapter(adapter_name or "default")
-            raise ValueError(
-                f"Expected an adapter for this model's configuration, got one with missing {sorted(missing)} and "
-                f"unexpected {sorted(info.unexpected_keys)}: load it by itself with from_pretrained."
-            )
-        self._adapter_classes[adapter_name or "default"] = other.id2label
+                self.delete_adapter(name)
+            raise
+        self._adapter_values[name] = _own_values(other)
         self.set_adapter(active)
         return info
+
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """
+        Takes an adapter out of memory. If it was the active one, the first of the others becomes it.
+
+        Raises:
+            ValueError: no other would be left, which `disable_adapters` and `merge_and_unload` are for.
+        """
+        gone = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        active, left = self.active_adapters()[0], [name for name in self.peft_config if name not in gone]
+        if not left:
+            raise ValueError(
+                f"Expected an adapter to be left, got {', '.join(sorted(gone))} to delete, which are all: "
+                "disable_adapters() gives SAM itself, merge_and_unload() a model without adapters."
+            )
+        self.set_adapter(active if active in left else left[0])
+        super().delete_adapter(adapter_names)
+        for name in gone:
+            self._adapter_values.pop(name, None)
 
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: dict[str, Tensor] | None = None
@@ -125,8 +150,9 @@ class AdaptedSam(SamPreTrainedModel):
     def set_adapter(self, adapter_name: list[str] | str) -> None:
         """Makes another loaded adapter the active one, with its classes."""
         super().set_adapter(adapter_name)
-        classes: Any = self._adapter_classes.get(self.active_adapters()[0], self.config.id2label)
-        self.config.id2label = dict(classes)
+        for key, value in self._adapter_values.get(self.active_adapters()[0], {}).items():
+            setattr(self.config, key, deepcopy(value))
+        classes: Any = self.config.id2label
         self.config.label2id = {name: index for index, name in classes.items()}
         wrapper: Any = getattr(self, "implicit_decoder", None)
         idle = getattr(wrapper, "original_module", None)
@@ -232,6 +258,8 @@ class AdaptedSam(SamPreTrainedModel):
         return parts
 
 
+# What each adapter has for itself.
+_ADAPTERS_OWN = ("id2label", "lora_rank", "lora_alpha", "lora_targets")
 _ADAPTER_NAME = re.compile(r"modules_to_save\.([^.]+)\.|(?<=lora_[AB])\.([^.]+)")
 # What changes the function that an adapter's parameters stand for, and not always their shapes.
 _SHARED_BY_ADAPTERS = (
@@ -253,6 +281,7 @@ _SHARED_BY_ADAPTERS = (
     "train_mask_decoder",
     "dropout",
     "uncertainty",
+    "monte_carlo_samples",
     "selection",
     "selection_share",
     "selection_lattice",
@@ -274,6 +303,10 @@ def _unsurprised() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _own_values(config: IMedSamConfig) -> dict[str, Any]:
+    return {key: deepcopy(getattr(config, key)) for key in _ADAPTERS_OWN}
 
 
 def _adapter_of(name: str) -> str | None:

@@ -14,6 +14,7 @@ from torch import nn
 from imedsam.contours import Contour, find_contours
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.processing_imedsam import IMedSamProcessor
+from imedsam.sam_checkpoints import only_finding
 
 
 @dataclass
@@ -82,7 +83,8 @@ class IMedSamPipeline:
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return cls(model, IMedSamProcessor.from_pretrained(pretrained_model_name_or_path))
+        finding = only_finding(kwargs)
+        return cls(model, IMedSamProcessor.from_pretrained(pretrained_model_name_or_path, **finding))
 
     def __call__(self, image: Any, window: tuple[float, float] | None = None, **prompts: Any) -> Segmentation:
         """`set_image` and `predict`."""

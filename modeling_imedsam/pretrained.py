@@ -97,14 +97,28 @@ class IMedSamPreTrainedModel(AdaptedSam):
             )
         if not has_adapter or "config" not in kwargs:
             _refuse_other_checkpoint(path, cls.config_class.model_type, finding)
+        folder = _folder_of_whole_model(path, finding) if has_adapter else path
+        if folder is not None and base_model_name_or_path is not None:
+            raise ValueError(
+                f"Expected no base_model_name_or_path with {path}, got {base_model_name_or_path}: it is a whole model."
+            )
         with refuse_damaged(path):
-            if not has_adapter:
-                model = super().from_pretrained(path, *args, **kwargs)
-            elif (folder := _folder_of_whole_model(path, finding)) is not None:
-                located = {key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
-                model = super().from_pretrained(folder, *args, **located)
-            else:
+            if folder is None:
                 model = cls._from_adapter(path, base_model_name_or_path, finding, **kwargs)
+            else:
+                if has_adapter:
+                    kwargs = {key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
+                else:
+                    _refuse_lone_weights(path, finding)
+                # Declared to return the model alone.
+                loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+                model, found = loaded
+                if missing := sorted(found["missing_keys"]):  # which transformers filled at random
+                    raise ValueError(
+                        f"Expected a whole model at {path}, got one without {', '.join(missing[:4])}"
+                        f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}: copy or download it again, "
+                        "with the config.json that belongs to it."
+                    )
         model.set_trainable()
         return model.eval()
 
@@ -178,10 +192,15 @@ class IMedSamPreTrainedModel(AdaptedSam):
             for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME) if is_main_process else ():
                 Path(save_directory, name).unlink(missing_ok=True)
             return super().save_pretrained(save_directory, is_main_process, **kwargs)
+        shards = {key: kwargs.pop(key) for key in ("max_shard_size",) if key in kwargs}
+        if kwargs:
+            raise ValueError(
+                f"Expected no {', '.join(kwargs)} for a model with an adapter, got values: merge_and_unload() first."
+            )
         if not is_main_process:
             return
         self._save_adapter(save_directory)
-        save_torch_state_dict(self._base_state_dict(), str(save_directory))
+        save_torch_state_dict(self._base_state_dict(), str(save_directory), **shards)
 
     def save_adapter(self, save_directory: str | os.PathLike) -> None:
         """
@@ -269,7 +288,7 @@ def _load_base(
     except OSError as error:
         raise OSError(
             f"Expected {base}, the SAM of the adapter at {path}, as a folder or file, in the cache or on the Hub, "
-            f"got none: give its place as base_model_name_or_path. ({error})"
+            f"got none: give its place as base_model_name_or_path (--base-model). ({error})"
         ) from error
 
 
@@ -279,7 +298,7 @@ def _single_device(device_map: Any) -> torch.device | None:
         devices = set(device_map.values())
         device_map = devices.pop() if len(devices) == 1 else device_map
     if device_map == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device_map = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         return None if device_map is None else torch.device(device_map)
     except (RuntimeError, TypeError) as error:
@@ -293,6 +312,15 @@ def _folder_of_whole_model(path: str, finding: dict[str, Any]) -> str | None:
     names = [CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME]
     files = [cached_file(path, name, _raise_exceptions_for_missing_entries=False, **finding) for name in names]
     return None if files[-1] is None else os.path.dirname(files[-1])
+
+
+def _refuse_lone_weights(path: str, finding: dict[str, Any]) -> None:
+    """An adapter's weights without its configuration would be left out without a word."""
+    if cached_file(path, ADAPTER_SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **finding):
+        raise ValueError(
+            f"Expected {ADAPTER_CONFIG_NAME} beside {ADAPTER_SAFE_WEIGHTS_NAME} at {path}, got none: copy or download "
+            "it again."
+        )
 
 
 def _refuse_other_checkpoint(path: str, expected: str, finding: dict[str, Any]) -> None:

@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else data)
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_call
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_call
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -247,6 +247,13 @@ class Handler(BaseHTTPRequestHandler):
         if branch in self.repo.branches:
             raise HubError(409, f"Reference already exists: refs/heads/{branch}")
         self.repo.branches[branch] = start.id
+        return {}
+
+    @route("DELETE", "/api/models/REPO/branch/(?P<branch>[^/]+)")
+    def delete_branch(self, branch: str) -> Any:
+        if branch == "main" or branch not in self.repo.branches:
+            raise HubError(404, f"No branch {branch} to delete")
+        del self.repo.branches[branch]
         return {}
 
     @route("POST", "/api/models/REPO/tag/REV")

@@ -4,18 +4,22 @@ import json
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from drawn_folders import make_processor
 from peft import PeftConfig, PeftType
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import SamModel
+from typer.testing import CliRunner
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.training.cli import app
 
 
 @pytest.fixture
@@ -427,6 +431,72 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(from_sam, inputs, tmp_path
     assert torch.equal(masks(model, inputs), masks(from_sam(seed=2), inputs))
 
 
+@pytest.mark.parametrize("kept", [0, 500, 0.5])
+def test_a_damaged_adapter_leaves_the_model_as_it_was(from_sam, inputs, tmp_path, kept):
+    from_sam(seed=2).save_adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept if kept > 1 else kept * len(content))])
+    model = from_sam(seed=1)
+    expected = masks(model, inputs)
+    with pytest.raises(ValueError, match="Expected a whole checkpoint at .*, got a damaged one"):
+        model.load_adapter(str(tmp_path), "other")
+    assert model.active_adapters() == ["default"] and torch.equal(masks(model, inputs), expected)
+    path.write_bytes(content)
+    model.load_adapter(str(tmp_path), "other")
+    model.set_adapter("other")
+    assert torch.equal(masks(model, inputs), masks(from_sam(seed=2), inputs))
+
+
+def test_deleted_adapters_leave_the_others(from_sam, inputs, tmp_path):
+    one, two = from_sam(seed=1), from_sam(seed=2, num_labels=2, lora_rank=2)
+    two.save_adapter(tmp_path)
+    model = from_sam(seed=1)
+    model.load_adapter(str(tmp_path), "two")
+    model.set_adapter("two")
+    assert model.config.lora_rank == 2 and torch.equal(masks(model, inputs), masks(two, inputs))
+    model.delete_adapter("two")
+    assert model.active_adapters() == ["default"] and torch.equal(masks(model, inputs), masks(one, inputs))
+    model.load_adapter(str(tmp_path), "two")
+    model.delete_adapter("default")
+    assert model.active_adapters() == ["two"] and torch.equal(masks(model, inputs), masks(two, inputs))
+    assert model.config.num_labels == 2 and model.config.lora_rank == 2
+    with pytest.raises(ValueError, match="Expected an adapter to be left, got two to delete, which are all"):
+        model.delete_adapter("two")
+    model.save_adapter(tmp_path / "again")
+    assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path / "again"), inputs), masks(two, inputs))
+
+
+def test_a_first_adapter_is_put_on_its_own_sam_alone(from_sam, tmp_path):
+    config = deepcopy(from_sam().config)
+    from_sam().save_adapter(tmp_path)
+    config.base_model_sha256 = None  # of weights that are no SAM's
+    with pytest.raises(ValueError, match="Expected an adapter with base_model_sha256 None, got '"):
+        IMedSamModel(config).load_adapter(str(tmp_path))
+
+
+def test_a_whole_model_without_some_of_its_weights_is_refused(from_sam, tiny_sam, tmp_path):
+    """Which transformers would fill at random, or leave out."""
+    model = from_sam()
+    model.save_pretrained(tmp_path / "with adapter")
+    with pytest.raises(ValueError, match="Expected no base_model_name_or_path with .*: it is a whole model"):
+        IMedSamModel.from_pretrained(tmp_path / "with adapter", base_model_name_or_path=tmp_path)
+    (tmp_path / "with adapter" / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="Expected adapter_config.json beside adapter_model.safetensors at"):
+        IMedSamModel.from_pretrained(tmp_path / "with adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    path = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["vision_encoder.pos_embed"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="got one without vision_encoder.pos_embed: copy or download it again"):
+        IMedSamModel.from_pretrained(tmp_path / "merged")
+    tiny_sam().save_pretrained(tmp_path / "sam")
+    shutil.copy(tmp_path / "sam" / "model.safetensors", path)
+    with pytest.raises(ValueError, match="Expected a whole model at .* and [0-9]+ more"):
+        IMedSamModel.from_pretrained(tmp_path / "merged")
+
+
 def test_merged_it_is_no_longer_on_its_sam(model, tmp_path):
     """An adapter that is trained on it then belongs to it, and would be put on the SAM."""
     assert model.config.base_model_sha256 is not None
@@ -437,6 +507,29 @@ def test_merged_it_is_no_longer_on_its_sam(model, tmp_path):
     with pytest.raises(ValueError, match="Expected an adapter on a SAM, got one on weights that are no SAM's"):
         merged.save_adapter(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_commands_look_for_the_sam_of_an_adapter_where_they_are_told(sam_folder, tmp_path):
+    shutil.copytree(sam_folder, tmp_path / "sam")
+    model = IMedSamModel.from_sam_pretrained(
+        tmp_path / "sam", image_size=64, frequency_view=None, coarse_widths=[32, 32], fine_widths=[32, 32]
+    )
+    model.save_adapter(tmp_path / "adapter")
+    make_processor().save_pretrained(tmp_path / "adapter")
+    (tmp_path / "sam").rename(tmp_path / "moved")
+    Image.effect_noise((50, 40), 60).save(tmp_path / "image.png")
+    commands = {
+        "predict": ["--image", tmp_path / "image.png", "--box", 5, 5, 30, 20],
+        "evaluate": ["--data", "phantoms", "--num-images", 1],
+        "convert": [],
+    }
+    for name, flags in commands.items():
+        command = [name, "--model", tmp_path / "adapter", "-o", tmp_path / name, *flags]
+        result = CliRunner().invoke(app, list(map(str, command)))
+        said = " ".join(result.output.replace("│", " ").split())
+        assert result.exit_code == 2 and "(--base-model)" in said and not (tmp_path / name).exists()
+        result = CliRunner().invoke(app, [*map(str, command), "--base-model", str(tmp_path / "moved")])
+        assert result.exit_code == 0 and (tmp_path / name).is_dir(), result.output
 
 
 @torch.no_grad()
@@ -493,6 +586,10 @@ def test_without_an_adapter(from_sam, tmp_path):
 def test_saving_obeys_its_arguments(model, tmp_path):
     model.save_pretrained(tmp_path / "other process", is_main_process=False)
     assert not (tmp_path / "other process").exists()
+    with pytest.raises(ValueError, match=r"Expected no state_dict for a model with an adapter.*merge_and_unload\(\)"):
+        model.save_pretrained(tmp_path, state_dict={})
+    model.save_pretrained(tmp_path / "parts", max_shard_size="50KB")
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
     with pytest.raises(ValueError, match="push_to_hub=True: use model.push_to_hub"):
         model.save_pretrained(tmp_path, push_to_hub=True)
 

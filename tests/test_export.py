@@ -205,7 +205,12 @@ def test_the_example_serves_without_torch(exported, server):
     "query, body, message",
     [
         ("box=1,2,3", b"x", "identify image"),
-        ("box=1,2,3", "image", "Expected ?box=x0,y0,x1,y1"),
+        ("box=1,2,3", "image", "Expected box=x0,y0,x1,y1"),
+        ("box=1,2,a,4", "image", "Expected box=x0,y0,x1,y1"),
+        ("box=0,0,inf,inf", "image", "Expected box=x0,y0,x1,y1"),
+        ("box=1000,1000,2000,2000", "image", "Expected box=x0,y0,x1,y1 that has a part in the image"),
+        ("box=8,12,50,44&class=x", "image", "Expected class=a number"),
+        ("box=8,12,50,44&size=5", "image", "Expected size=width,height"),
         ("box=8,12,50,44&class=2", "image", "Expected class in 0 ... 1, got 2"),
         ("box=8,12,50,44&size=0,5", "image", "Expected size=width,height"),
         ("box=8,12,50,44", b"", "Expected an image of at most"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,7 +83,7 @@ def read_folder(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def test_a_model_is_sent_and_loaded(hub, trained, tmp_path):
+def test_a_model_is_sent_and_loaded(hub, trained, sam_folder, tmp_path):
     status, said = publish(hub, tmp_path / "home", trained, "--private", "-o", tmp_path / "sent")
     assert status == 0 and f"Sent to {hub.endpoint}/{REPO}/commit/" in said, said
     sent = hub.files(REPO)
@@ -100,6 +101,7 @@ def test_a_model_is_sent_and_loaded(hub, trained, tmp_path):
     status, said = publish(hub, tmp_path / "home", trained, "--private", "--update", repo="tester/open")
     assert status == 2 and "Expected a private repository, got tester/open, which all can see" in said
     # An adapter on top of the whole model: weights that stayed would be loaded in its place.
+    push_sam(hub, tmp_path / "home", sam_folder)
     status, said = publish(
         hub, tmp_path / "home", trained, "--update", "--adapter", "--base-model", "tester/sam", "--revision", "adapter"
     )
@@ -110,30 +112,54 @@ def test_a_model_is_sent_and_loaded(hub, trained, tmp_path):
     assert status == 2 and "add --update" in said and "adapter_model.safetensors" in hub.files(REPO, "adapter")
 
 
+def push_sam(hub, home, folder):
+    code = f"from transformers import SamModel; SamModel.from_pretrained({str(folder)!r}).push_to_hub('tester/sam')"
+    status, said = run(hub, home, [sys.executable, "-c", code])
+    assert status == 0, said
+
+
 def test_an_adapter_finds_its_sam_on_the_hub_and_no_other(hub, trained, sam_folder, tmp_path):
-    code = (
-        f"from transformers import SamModel; SamModel.from_pretrained({str(sam_folder)!r}).push_to_hub('tester/sam')"
-    )
-    status, said = run(hub, tmp_path / "home", [sys.executable, "-c", code])
+    other = SamModel.from_pretrained(sam_folder)
+    other.vision_encoder.pos_embed.data += 0.1
+    other.save_pretrained(tmp_path / "other sam")
+    push_sam(hub, tmp_path / "home", tmp_path / "other sam")
+    adapter = ["--adapter", "--base-model", "tester/sam"]
+    status, said = publish(hub, tmp_path / "home", trained, *adapter)
+    assert status == 2 and "Expected tester/sam to be the SAM of the adapter" in said and REPO not in hub.repos
+    status, said = publish(hub, tmp_path / "home", trained, "--adapter", "--base-model", "tester/nothing")
+    assert status == 2 and "Expected tester/nothing, the SAM of the adapter, on the Hub" in said
+    push_sam(hub, tmp_path / "home", sam_folder)
+    commit = hub.repos["tester/sam"].branches["main"]
+    status, said = publish(hub, tmp_path / "home", trained, *adapter)
     assert status == 0, said
-    status, said = publish(hub, tmp_path / "home", trained, "--adapter", "--base-model", "tester/sam")
-    assert status == 0, said
+    assert json.loads(hub.files(REPO)["adapter_config.json"])["revision"] == commit
+
     expected = expected_masks(trained)
     found = masks_of(hub, tmp_path / "other", REPO, tmp_path / "masks.npy")
     np.testing.assert_allclose(found, expected, atol=1e-6)
     requests = len(hub.requests)
     again = masks_of(hub, tmp_path / "other", REPO, tmp_path / "masks.npy", HF_HUB_OFFLINE="1")
     assert np.array_equal(again, found) and len(hub.requests) == requests
+    push_sam(hub, tmp_path / "home", tmp_path / "other sam")  # a later commit changes nothing for the adapter
+    np.testing.assert_allclose(masks_of(hub, tmp_path / "third", REPO, tmp_path / "masks.npy"), expected, atol=1e-6)
 
-    other = SamModel.from_pretrained(sam_folder)
-    other.vision_encoder.pos_embed.data += 0.1
-    other.save_pretrained(tmp_path / "other sam")
-    code = f"from transformers import SamModel; SamModel.from_pretrained({str(tmp_path / 'other sam')!r})"
-    status, said = run(hub, tmp_path / "home", [sys.executable, "-c", f"{code}.push_to_hub('tester/sam')"])
-    assert status == 0, said
-    code = f"from imedsam import IMedSamModel; IMedSamModel.from_pretrained({REPO!r})"
-    status, said = run(hub, tmp_path / "third", [sys.executable, "-c", code])
-    assert status == 1 and "Expected the SAM that the adapter was trained on" in said
+
+def test_a_pipeline_is_of_one_revision(hub, trained, tmp_path):
+    """The processor too, and where a token is needed."""
+    shutil.copytree(trained, tmp_path / "padded")
+    path = tmp_path / "padded" / "processor_config.json"
+    path.write_text(path.read_text().replace('"stretch"', '"longest_side"'))
+    for folder, flags in ((trained, ["--private"]), (tmp_path / "padded", ["--revision", "v2", "--update"])):
+        status, said = publish(hub, tmp_path / "home", folder, *flags)
+        assert status == 0, said
+    code = f"""
+from imedsam import IMedSamPipeline
+for revision in ("main", "v2"):
+    pipeline = IMedSamPipeline.from_pretrained({REPO!r}, revision=revision, token="hf_test")
+    print(pipeline.processor.image_processor.resize_mode)
+"""
+    status, said = run(hub, tmp_path / "other", [sys.executable, "-c", code], token=None)
+    assert status == 0 and "stretch longest_side" in said, said
 
 
 def test_transformers_own_words(hub, trained, tmp_path):
@@ -175,10 +201,31 @@ def test_a_failed_upload_leaves_nothing_half_made(hub, trained, tmp_path, part):
     hub.fail("PUT" if part == "/lfs/" else "POST", part, status=507)  # which the client does not try again
     command = [hub, tmp_path / "home", trained, "-o", tmp_path / "sent"]
     status, said = publish(*command)
-    assert status == 2 and "try again; what is there is as it was" in said
+    assert status == 2 and "try again" in said
     assert set(hub.files(REPO)) == {".gitattributes"} and not (tmp_path / "sent").exists()
     hub.heal()
     status, said = publish(*command)
     assert status == 0 and (tmp_path / "sent").is_dir(), said
     assert json.loads(hub.files(REPO)["config.json"])["model_type"] == "imedsam"
+    assert len(hub.files(REPO)["model.safetensors"]) > 1e5
+
+
+def test_a_failed_upload_leaves_no_branch(hub, trained, tmp_path):
+    status, said = publish(hub, tmp_path / "home", trained)
+    assert status == 0, said
+    hub.fail("POST", "/commit/", status=507)
+    other = ["--revision", "v2", "--task", "other lesions"]
+    status, said = publish(hub, tmp_path / "home", trained, *other)
+    assert status == 2 and set(hub.repos[REPO].branches) == {"main"}
+    hub.heal()
+    status, said = publish(hub, tmp_path / "home", trained, *other)
+    assert status == 0 and set(hub.repos[REPO].branches) == {"main", "v2"}, said
+
+
+@pytest.mark.parametrize("lost", ["cut", "fail"])
+def test_an_upload_whose_answer_was_lost_is_one(hub, trained, tmp_path, lost):
+    getattr(hub, lost)("POST", "/commit/", late=True, **({"status": 507} if lost == "fail" else {}))
+    status, said = publish(hub, tmp_path / "home", trained)
+    commit = hub.repos[REPO].branches["main"]
+    assert status == 0 and f"Sent to {hub.endpoint}/{REPO}/commit/{commit}" in said, said
     assert len(hub.files(REPO)["model.safetensors"]) > 1e5

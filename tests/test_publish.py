@@ -11,6 +11,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from clean_site import make_site, run_in_site
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from imedsam import IMedSamModel, IMedSamPipeline
@@ -214,6 +215,58 @@ assert torch.equal(again(**inputs).pred_masks, outputs.pred_masks)
     np.testing.assert_allclose(np.load(tmp_path / "masks.npy"), expected, atol=1e-4)
 
 
+def test_without_its_code_nothing_says_that_it_comes_along(trained, tmp_path):
+    """Also where it did, for the model that is published anew."""
+    shutil.copytree(trained, tmp_path / "lesions")
+    code = prepare(trained, tmp_path / "code", "--with-code")
+    for name in ("config.json", "processor_config.json"):
+        assert "auto_map" in (code / name).read_text()
+        merged = {
+            **json.loads((trained / name).read_text()),
+            "auto_map": json.loads((code / name).read_text())["auto_map"],
+        }
+        (tmp_path / "lesions" / name).write_text(json.dumps(merged))
+    folder = prepare(tmp_path / "lesions", tmp_path / "out")
+    assert not any("auto_map" in path.read_text() for path in folder.glob("*.json"))
+
+
+def test_the_card_of_an_adapter(trained, tmp_path):
+    folder = prepare(trained, tmp_path / "out", "--adapter", "--base-model", "somebody/sam")
+    head, body = (folder / "README.md").read_text().removeprefix("---\n").split("\n---\n", 1)
+    head = yaml.safe_load(head)
+    assert head["base_model"] == "somebody/sam" and head["base_model_relation"] == "adapter" and "peft" in head["tags"]
+    sha256 = json.loads((folder / "config.json").read_text())["base_model_sha256"]
+    assert f"`{sha256}`" in body and 'model.load_adapter("somebody/lesions", "name")' in body
+    whole = (prepare(trained, tmp_path / "whole", "--base-model", "somebody/sam") / "README.md").read_text()
+    assert "base_model_relation: finetune" in whole and sha256 not in whole
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("metrics.json", "{", "Expected JSON in"),
+        ("metrics.json", "[]", "Expected an object in"),
+        ("metrics.json", "{}", "Expected the metrics.json of a training in"),
+        ("config.json", {"from_the_future": 1}, "Expected a configuration of this version in"),
+        ("config.json", {"lora_rank": "many"}, "Expected a configuration of this version in"),
+        ("model.safetensors", None, "Expected the weights in"),
+    ],
+)
+def test_a_folder_that_was_changed_is_refused(trained, tmp_path, name, content, message):
+    folder = tmp_path / "lesions"
+    shutil.copytree(trained, folder)
+    if content is None:  # of another training
+        tensors = load_file(folder / name)
+        save_file({key: value + 1 for key, value in tensors.items()}, folder / name, {"format": "pt"})
+    elif isinstance(content, dict):
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **content}))
+    else:
+        (folder / name).write_text(content)
+    result = publish("--dry-run", "-o", tmp_path / "out", model=folder)
+    assert result.exit_code == 2 and message in words(result)
+    assert not (tmp_path / "out").exists()
+
+
 def test_imports_are_flattened():
     source = "from imedsam.a.b import (\n    c,\n)\nimport torch\n\ndef f():\n    from imedsam.d import e\n"
     expected = "from .b import (\n    c,\n)\nimport torch\n\ndef f():\n    from .d import e\n"
@@ -245,6 +298,9 @@ def test_what_is_no_training_and_no_report_is_refused(trained, sam_folder, tmp_p
         (["-o", trained], "Expected a new folder"),
         (["-o", tmp_path / "out", "--repo", "somebody/my lesions"], "Expected --repo as user/name"),
         (["-o", tmp_path / "out", "--repo", "lesions"], "Expected --repo as user/name"),
+        (["-o", tmp_path / "out", "--repo", "a--b/.."], "Expected --repo as user/name"),
+        (["-o", tmp_path / "out", "--base-model", "/home/jane/sam"], "Expected --base-model as user/name"),
+        (["-o", tmp_path / "out", "--license", "My own: none"], "Expected --license as the Hub names it"),
     ):
         result = publish("--dry-run", *arguments, model=trained)
         assert result.exit_code == 2 and message in words(result)

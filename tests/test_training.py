@@ -149,7 +149,7 @@ def test_the_report(trained):
     assert report["num_images"] == {"train": 8, "validation": 3, "test": 3}
     assert report["arguments"]["config"]["coarse_widths"] == [32, 32]
     assert report["trainable_parameters"]["frequency gates"] == 64
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert set(report["floors"]) == set(report["test_floors"]) == {"filled box", "inscribed ellipse"}
     assert 0.5 < report["floors"]["filled box"]["dice"] < report["floors"]["inscribed ellipse"]["dice"] < 1
     assert set(report["validation_jittered"]) == set(report["test"]) == set(report["floors"]["filled box"])
@@ -169,7 +169,7 @@ def test_the_card(trained):
     assert f"| this model | {100 * read(trained)['validation']['dice']:.1f} |" in body
     assert "inscribed ellipse" in body and "test (3 images)" in body and "Limits" in body
     machine = read(trained)["machine"]
-    assert f"on {machine['gpu'] or '{threads} cores of {processor}'.format(**machine)}, seed" in body
+    assert f"on {machine['gpu'] or '{threads} core'.format(**machine)}" in body and machine["processor"] in body
     code = body.split("```python\n")[1].split("```")[0]
     image = trained / "image.png"
     Image.new("RGB", (50, 40)).save(image)

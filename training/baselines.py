@@ -18,7 +18,8 @@ is an [`IMedSamModel`]; `load_model` loads the folder of any of them.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.pipeline import IMedSamPipeline
+from imedsam.sam_checkpoints import only_finding
 from imedsam.training.box_mask import BoxMaskModel
 from imedsam.training.convolutional import ConvolutionalModel
 from imedsam.training.unet import UNetModel
@@ -42,29 +44,30 @@ def load_model(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) 
         kwargs: of `IMedSamModel.from_pretrained`.
 
     Raises:
-        ValueError: a checkpoint of another kind.
+        ValueError: a checkpoint of another kind, or whose configuration has unknown keys or values of a wrong type.
     """
     # I-MedSAM's says what is wrong with another checkpoint.
-    model_class = find_model_class(pretrained_model_name_or_path, **kwargs) or IMedSamModel
-    return model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+    model_class = find_model_class(pretrained_model_name_or_path, **only_finding(kwargs)) or IMedSamModel
+    with explain_configuration(pretrained_model_name_or_path):
+        return model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 def load_pipeline(
-    pretrained_model_name_or_path: str | os.PathLike, device: str | torch.device = "cpu"
+    pretrained_model_name_or_path: str | os.PathLike, device: str | torch.device = "cpu", **kwargs: Any
 ) -> IMedSamPipeline:
-    """
-    `IMedSamPipeline.from_pretrained` for I-MedSAM or a baseline.
+    """`IMedSamPipeline.from_pretrained` for I-MedSAM or a baseline, with the errors of `load_model`."""
+    model_class = find_model_class(pretrained_model_name_or_path, **only_finding(kwargs)) or IMedSamModel
+    with explain_configuration(pretrained_model_name_or_path):
+        return IMedSamPipeline.from_pretrained(pretrained_model_name_or_path, device, model_class, **kwargs)
 
-    Raises:
-        ValueError: a checkpoint of another kind, or whose configuration has unknown keys or values of a wrong type.
-    """
-    model_class = find_model_class(pretrained_model_name_or_path) or IMedSamModel
+
+@contextmanager
+def explain_configuration(path: str | os.PathLike) -> Iterator[None]:
+    """What a file of a newer version, or one that was changed by hand, has come to."""
     try:
-        return IMedSamPipeline.from_pretrained(pretrained_model_name_or_path, device, model_class=model_class)
+        yield
     except (TypeError, StrictDataclassError) as error:
-        raise ValueError(
-            f"Expected a configuration of this version in {pretrained_model_name_or_path}/config.json, got: {error}"
-        ) from error
+        raise ValueError(f"Expected a configuration of this version in {path}/config.json, got: {error}") from error
 
 
 def find_model_class(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> type[IMedSamModel] | None:

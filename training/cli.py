@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 Mode = Literal["exact", "adaptive"]  # of rendering
+Base = Annotated[
+    str | None, typer.Option("--base-model", help="The SAM of an adapter, if it is not where the adapter says.")
+]
 
 app = typer.Typer(
     help="I-MedSAM: medical image segmentation with Segment Anything and an implicit decoder.",
@@ -61,6 +64,7 @@ def predict(
         typer.Option(help="Width and height of a pixel in millimetres, for outlines in millimetres."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
+    base: Base = None,
 ) -> None:
     """Segment what is in the boxes: mask, overlay and uncertainty as PNG, and report.json."""
     import torch
@@ -85,7 +89,7 @@ def predict(
         images = find_images(image)
         prompts = read_boxes(boxes, images) if boxes is not None else {path: [box] for path in images if box}
         check_model_name("--model", model)
-        pipeline = load_pipeline(model, device)
+        pipeline = load_pipeline(model, device, base_model_name_or_path=base)
         classes = pipeline.model.config.label2id
         if class_name is not None and class_name not in classes:
             raise ValueError(f"Expected --class to be one of {', '.join(classes)}, got {class_name!r}.")
@@ -126,6 +130,19 @@ def check_model_name(flag: str, model: str) -> None:
         )
 
 
+def check_hub_name(flag: str, name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        good = name.count("/") == 1
+    except HFValidationError:
+        good = False
+    if not good:
+        raise typer.BadParameter(f"Expected {flag} as user/name, of letters, digits, - _ and ., got {name!r}.")
+
+
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="Folder or Hub name of a trained model.")],
@@ -155,6 +172,7 @@ def evaluate(
         int, typer.Option(help="Of jitter, intervals, and the split of data that have none: as in training.", min=0)
     ] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda for the process's own GPU.")] = "cpu",
+    base: Base = None,
 ) -> None:
     """Measure a model on images with masks: metrics.json, tables, plots, and the worst and best cases."""
     from accelerate import PartialState
@@ -182,6 +200,7 @@ def evaluate(
             seed=seed,
             batch_size=batch_size,
             device=device,
+            base_model=base,
         )
     PartialState().destroy_process_group()
     for setting in report.get("settings", ()):
@@ -244,18 +263,31 @@ def publish(
     import tempfile
 
     from imedsam.training.model_card import Publication
-    from imedsam.training.publish import prepare_folder, upload
+    from imedsam.training.publish import check_token, prepare_folder, upload
     from imedsam.training.report import new_folder
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
-        raise typer.BadParameter(f"Expected --repo as user/name, of letters, digits, - _ and ., got {repo!r}.")
+    for flag, name in {"--repo": repo, "--base-model": base_model}.items():
+        if name is not None:
+            check_hub_name(flag, name)
+    if not re.fullmatch(r"[a-z0-9.-]+", license):
+        raise typer.BadParameter(f"Expected --license as the Hub names it, such as cc-by-nc-4.0, got {license!r}.")
     if dry_run and output is None:
         raise typer.BadParameter("Expected a folder for what would be sent with --dry-run: add -o FOLDER.")
     publication = Publication(repo, license, task, data_terms, base_model, with_code=with_code)
     # What is kept in --output is all that was sent, or nothing, so that the same command can be tried again.
     with explain_errors(), new_folder(output) if output else tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        files = prepare_folder(model, folder, publication, reports=report or (), picture=picture, adapter=adapter)
+        if not dry_run:
+            check_token()
+        files = prepare_folder(
+            model,
+            folder,
+            publication,
+            reports=report or (),
+            picture=picture,
+            adapter=adapter,
+            offline=dry_run,
+        )
         for path in files:
             typer.echo(f"{path.stat().st_size / 1e6:9.3f} MB  {path.relative_to(folder)}")
         if not dry_run:
@@ -274,13 +306,14 @@ def export(
         Literal["onnx", "torch"], typer.Option("--format", help="ONNX, or what torch.export.load takes.")
     ] = "onnx",
     int8: Annotated[bool, typer.Option(help="The encoder's products in 8-bit integers, for CPUs.")] = False,
+    base: Base = None,
 ) -> None:
     """Write a model as files that run without this package: encoder, prompts, and the field at given points."""
     from imedsam.training.export import export_to_folder
 
     check_model_name("--model", model)
     with explain_errors():
-        difference = export_to_folder(model, output, file_format=file_format, int8=int8)
+        difference = export_to_folder(model, output, file_format=file_format, int8=int8, base_model=base)
     for path in sorted(output.iterdir()):
         typer.echo(f"{path.stat().st_size / 1e6:9.3f} MB  {path.name}")
     typer.echo(f"Logits differ by at most {difference:.0e}{' before the encoder was quantised' if int8 else ''}.")
@@ -296,15 +329,16 @@ def convert(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder, for SamModel.from_pretrained.")],
+    base: Base = None,
 ) -> None:
     """Write a stock SamModel folder: of a checkpoint of the SAM family, or of an encoder that was trained here."""
     from imedsam.sam_checkpoints import WEIGHTS
     from imedsam.training.convert import convert_to_folder
 
     with explain_errors():
-        if not model.endswith(WEIGHTS):
+        if not model.endswith(WEIGHTS) and not Path(model).is_file():
             check_model_name("--model", model)
-        sam = convert_to_folder(model, output)
+        sam = convert_to_folder(model, output, base_model=base)
     vision: Any = sam.config.vision_config
     typer.echo(
         f"{output}: {vision.num_hidden_layers} blocks of width {vision.hidden_size}, {vision.image_size} x "

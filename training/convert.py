@@ -9,10 +9,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.sam_checkpoints import WEIGHTS, load_sam
+from imedsam.training.baselines import explain_configuration
 from imedsam.training.report import new_folder
 
 
-def convert_to_folder(model: str, output: Path) -> SamModel:
+def convert_to_folder(model: str, output: Path, *, base_model: str | None = None) -> SamModel:
     """
     Writes a folder that `SamModel.from_pretrained` loads.
 
@@ -20,16 +21,18 @@ def convert_to_folder(model: str, output: Path) -> SamModel:
         model: an original file of SAM, MedSAM or SAM-Med2D; a `SamModel`; or an I-MedSAM without a frequency branch,
             whose LoRA is merged (see `IMedSamModel.to_sam`).
         output: a new folder.
+        base_model: the SAM of an adapter, if it is not where the adapter says.
     """
     with new_folder(output) as folder:
-        sam = to_sam(model)
+        sam = to_sam(model, base_model)
         sam.save_pretrained(folder)
     return sam
 
 
-def to_sam(model: str) -> SamModel:
-    if os.path.isdir(model) or not model.endswith(WEIGHTS):
+def to_sam(model: str, base_model: str | None) -> SamModel:
+    if not os.path.isfile(model) and not model.endswith(WEIGHTS):
         model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
         if model_type == IMedSamConfig.model_type:
-            return IMedSamModel.from_pretrained(model).to_sam()
+            with explain_configuration(model):
+                return IMedSamModel.from_pretrained(model, base_model_name_or_path=base_model).to_sam()
     return load_sam(model).to_model()

@@ -121,6 +121,7 @@ def evaluate_to_folder(
     seed: int = 0,
     batch_size: int = 8,
     device: str = "cpu",
+    base_model: str | None = None,
 ) -> dict:
     """
     Evaluates a model, and another one to compare with, at every size and jitter, beside the box and the ellipse.
@@ -140,6 +141,7 @@ def evaluate_to_folder(
         num_images: at most this many of the split.
         seed: of jitter and intervals, and of the split of data that have none: the one that the model trained with.
         device: "cpu", or any other name for what Accelerate finds.
+        base_model: the SAM of the model, if that is an adapter and it is not where the adapter says.
 
     Returns:
         What metrics.json holds; nothing in processes other than the first.
@@ -153,7 +155,10 @@ def evaluate_to_folder(
         raise ValueError(f"Expected a folder for the report, got the file {output}: name another one.")
     state = PartialState(cpu=device == "cpu")
     names = method_names(model, compare)
-    pipelines = {name: load_pipeline(path, state.device) for name, path in names.items()}
+    bases = {path: base_model if path == model else None for path in names.values()}
+    pipelines = {
+        name: load_pipeline(path, state.device, base_model_name_or_path=bases[path]) for name, path in names.items()
+    }
     num_classes = next(iter(pipelines.values())).model.config.num_labels
     examples = load_examples(
         data,

@@ -23,7 +23,9 @@ from imedsam.uncertainty import logit_variance, probability_variance, selection_
 TOLERANCE = 1e-3  # of logits, between torch and onnxruntime
 
 
-def export_to_folder(model: str, output: Path, *, file_format: str = "onnx", int8: bool = False) -> float:
+def export_to_folder(
+    model: str, output: Path, *, file_format: str = "onnx", int8: bool = False, base_model: str | None = None
+) -> float:
     """
     Writes `encoder`, `prompt` and `field`, as .onnx or .pt2, and `export.json`, which says how images are prepared,
     into a new folder, and compares what they give with the model.
@@ -34,6 +36,7 @@ def export_to_folder(model: str, output: Path, *, file_format: str = "onnx", int
         file_format: "onnx", or "torch" for `torch.export.load`.
         int8: the encoder's matrix products in 8-bit integers, dynamically quantised, for CPUs: smaller and faster, and
             less exact (`benchmarks/onnx_export.py`).
+        base_model: the SAM of an adapter, if it is not where the adapter says.
 
     Returns:
         The largest difference of a logit to the model's.
@@ -44,7 +47,7 @@ def export_to_folder(model: str, output: Path, *, file_format: str = "onnx", int
     """
     if int8 and file_format != "onnx":
         raise ValueError(f"Expected int8 with the onnx format, got {file_format}: leave it out.")
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, base_model_name_or_path=base_model)
     check_exportable(pipeline)
     network = pipeline.model.float().requires_grad_(False)
     inputs = example_inputs(network)

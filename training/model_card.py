@@ -28,6 +28,7 @@ class Publication:
         evaluations: what the metrics.json of `imedsam evaluate` hold, the model's own name being "this model".
         picture: a file beside the card.
         with_code: it can be loaded without this package.
+        base_sha256: of the weights of the SAM that it needs, for an adapter.
     """
 
     repo_id: str
@@ -38,6 +39,7 @@ class Publication:
     evaluations: Sequence[Mapping] = ()
     picture: str | None = None
     with_code: bool = False
+    base_sha256: str | None = None
 
     @property
     def name(self) -> str:
@@ -56,7 +58,7 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
     if method.model_class is UNetModel:
         base = None  # whatever was given
     # Where it was trained: a name such as data/mine may be a folder there.
-    on_hub = {*report.get("on_hub", ()), publication and publication.base_model}
+    on_hub = {*report.get("on_hub", ()), *([publication.base_model] if publication and publication.base_model else [])}
     name = publication.name if publication else Path(arguments["output_dir"]).resolve().name
     is_model = method.model_class is IMedSamModel
     results = [_training_results(report)] if not (publication and publication.evaluations) else []
@@ -68,6 +70,9 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
         usage=(USAGE if is_model else BASELINE_USAGE).format(
             repo=publication.repo_id if publication else f"path/to/{name}"
         ),
+        adapter=ADAPTER.format(repo=publication.repo_id, sha256=publication.base_sha256)
+        if publication and publication.base_sha256
+        else "",
         without_package=WITHOUT_PACKAGE.format(repo=publication.repo_id)
         if publication and publication.with_code
         else "",
@@ -80,12 +85,10 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
         table="\n".join(results),
         trained=", ".join(f"{name} {count:,}" for name, count in report["trainable_parameters"].items()),
         images=report["num_images"]["train"],
-        epochs=len(report["history"]),
+        epochs=_counted(len(report["history"]), "epoch"),
         best=report["best_epoch"] + 1,
         seed=arguments["seed"],
-        hours=f"{report['seconds'] / 3600:.1f} hours"
-        if report["seconds"] >= 3600
-        else f"{report['seconds'] / 60:.0f} minutes",
+        time=_time(report["seconds"]),
         hardware=_hardware(report),
         terms=TERMS.format(license=publication.license, data=publication.data_terms or NO_TERMS)
         if publication
@@ -98,12 +101,16 @@ def _metadata(report: Mapping, publication: Publication | None, name: str, base:
     tags = ["medical", "image-segmentation"]
     if arguments["method"].startswith("imedsam"):
         tags += ["segment-anything", "implicit-neural-representation"]
+    adapter = publication is not None and publication.base_sha256 is not None
+    if adapter:
+        tags.append("peft")
     data = ModelCardData(
         library_name="imedsam",
         pipeline_tag="mask-generation",
         license=publication.license if publication else None,
         tags=tags,
         base_model=base if base in on_hub else None,
+        base_model_relation=("adapter" if adapter else "finetune") if base in on_hub else None,
         datasets=[arguments["dataset_name"]] if arguments["dataset_name"] in on_hub else None,
         model_name=name if publication and publication.evaluations else None,
         eval_results=[
@@ -141,7 +148,17 @@ def _hardware(report: Mapping) -> str:
     machine = report.get("machine")
     if machine is None:
         return ""
-    return f" on {machine['gpu'] or '{threads} cores of {processor}'.format(**machine)}"
+    return f" on {machine['gpu'] or _counted(machine['threads'], 'core') + ' of ' + machine['processor']}"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return _counted(round(seconds / 60), "minute") if seconds >= 60 else _counted(round(seconds), "second")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _training_results(report: Mapping) -> str:
@@ -209,6 +226,12 @@ BASELINE_USAGE = USAGE.replace(
 )
 BASELINE_USAGE = BASELINE_USAGE.replace("IMedSamPipeline.from_pretrained", "load_pipeline")
 
+ADAPTER = """
+This is an adapter, what was trained beside a SAM that stays as it is: it takes the SAM from the place that
+`adapter_config.json` names, or from `base_model_name_or_path=`, and no other than that whose weights have the SHA-256
+`{sha256}`. It loads with `IMedSamModel.from_pretrained` or onto a
+model on the same SAM, `model.load_adapter("{repo}", "name")`, and not with `AutoModel`.
+"""
 WITHOUT_PACKAGE = """
 Without the package, with transformers, peft, torch, numpy and pillow alone (this runs the code that comes with the
 weights):
@@ -250,7 +273,7 @@ mask at any resolution. Classes: {classes}.{task}
 ```
 
 Boxes are in pixels of the image, (0, 0) being its top left corner.
-{without_package}
+{adapter}{without_package}
 ## Metrics
 
 Means over objects, at the images' own size unless stated otherwise; Dice, IoU and surface Dice (NSD) in percent. Boxes
@@ -259,7 +282,7 @@ come from the reference masks, so the filled box and the ellipse inscribed in it
 {table}
 ## Training
 
-{images} images, {epochs} epochs, {hours}{hardware}, seed {seed}; the weights are those of epoch {best}, the best by
+{images} images, {epochs}, {time}{hardware}, seed {seed}; the weights are those of epoch {best}, the best by
 validation Dice. Trainable parameters: {trained}. `metrics.json` holds the arguments, versions and history.
 {terms}
 ## Limits and intended use

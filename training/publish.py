@@ -14,9 +14,10 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.processing_imedsam import IMedSamProcessor
+from imedsam.sam_checkpoints import load_sam
 from imedsam.training.baselines import load_model
 from imedsam.training.model_card import Publication, model_card, shown_name
-from imedsam.training.remote_code import write_code
+from imedsam.training.remote_code import forget_code, write_code
 from imedsam.training.report import new_folder, weights_hash, write_json
 
 # Of the arguments of a training and of an evaluation.
@@ -43,6 +44,7 @@ def prepare_folder(
     reports: Sequence[Path] = (),
     picture: Path | None = None,
     adapter: bool = False,
+    offline: bool = False,
 ) -> list[Path]:
     """
     Writes what is to be published into a new folder, all of it or nothing.
@@ -54,15 +56,17 @@ def prepare_folder(
         reports: folders that `imedsam evaluate` left, of this model. Their means are published, nothing of an object.
         picture: for the card, of images that may be shown.
         adapter: publish what was trained alone, a few MB that need their SAM; else the whole model, LoRA merged.
+        offline: do not look on the Hub for the SAM that the publication names, whose commit an adapter then lacks.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: no training's folder, a report of another model, an adapter whose SAM nobody else can find, or code
-            for a model that is no I-MedSAM by itself.
+        ValueError: no training's folder, or one with other weights; a report of another model; an adapter whose SAM
+            nobody else can find, or of another SAM than the one named; or code for a model that is no I-MedSAM by
+            itself.
     """
-    training = read_metrics(Path(model), "of a finished training: publish the folder that it left")
+    training = read_training(Path(model))
     evaluations = [read_evaluation(report, Path(model)) for report in reports]
     shown = None if picture is None else Image.open(picture).convert("RGB")
     with new_folder(output) as folder:
@@ -70,25 +74,33 @@ def prepare_folder(
         if publication.with_code and (adapter or type(trained) is not IMedSamModel):
             raise ValueError("Expected a whole I-MedSAM to publish with its code, got an adapter or a baseline.")
         if adapter:
-            save_adapter(trained, folder, publication.base_model)
+            save_adapter(trained, folder, publication.base_model, offline)
         else:
             trained.float()  # a small update of LoRA's would drown in half precision
             trained.merge_and_unload().save_pretrained(folder)
         IMedSamProcessor.from_pretrained(model).save_pretrained(folder)
         if publication.with_code:
             write_code(folder)
+        else:
+            forget_code(folder)
         for number, evaluation in enumerate(evaluations, 1):
             write_json(folder / f"evaluation_{number}.json", summary_of(evaluation))
         if shown is not None:
             shown.save(folder / PICTURE)  # anew, without what a camera or a scanner notes beside the pixels
-        said = replace(publication, evaluations=evaluations, picture=None if shown is None else PICTURE)
+        said = replace(
+            publication,
+            evaluations=evaluations,
+            picture=None if shown is None else PICTURE,
+            base_sha256=trained.config.base_model_sha256 if adapter else None,
+        )
         (folder / "README.md").write_text(model_card(training, said), encoding="utf-8")
         write_json(folder / "metrics.json", summary_of(training))
     return sorted(path for path in output.rglob("*") if path.is_file())
 
 
-def save_adapter(model: IMedSamModel, folder: Path, base_model: str | None) -> None:
-    if getattr(model.config, "base_model_sha256", None) is None:
+def save_adapter(model: IMedSamModel, folder: Path, base_model: str | None, offline: bool) -> None:
+    sha256 = getattr(model.config, "base_model_sha256", None)
+    if sha256 is None:
         raise ValueError(
             "Expected an adapter that knows its SAM's weights, got a model that has no SAM or does not know it: "
             "publish the whole model."
@@ -96,14 +108,29 @@ def save_adapter(model: IMedSamModel, folder: Path, base_model: str | None) -> N
     model.save_adapter(folder)
     path = folder / ADAPTER_CONFIG_NAME
     config = json.loads(path.read_text())
-    base = base_model or config["base_model_name_or_path"]
-    if base_model is None and config["revision"] is None:  # which a base from the Hub has
+    if base_model is not None:
+        revision = None if offline else find_commit(base_model, sha256)
+        write_json(path, {**config, "base_model_name_or_path": base_model, "revision": revision})
+    elif config["revision"] is None:  # which a base from the Hub has
         raise ValueError(
-            f"Expected an adapter whose SAM others find on the Hub, got one on {base}: say where it is there with "
-            "--base-model user/name (its weights' hash is held to), or publish the whole model."
+            f"Expected an adapter whose SAM others find on the Hub, got one on {config['base_model_name_or_path']}: "
+            "say where it is there with --base-model user/name (its weights' hash is held to), or publish the whole "
+            "model."
         )
-    revision = None if base_model else config["revision"]
-    write_json(path, {**config, "base_model_name_or_path": base, "revision": revision})
+
+
+def find_commit(base_model: str, sha256: str) -> str | None:
+    """The commit of a SAM on the Hub that has the weights of this hash."""
+    try:
+        sam = load_sam(base_model)
+    except OSError as error:
+        raise OSError(f"Expected {base_model}, the SAM of the adapter, on the Hub, got none: {error}") from error
+    if sam.sha256() != sha256:
+        raise ValueError(
+            f"Expected {base_model} to be the SAM of the adapter, whose weights have the SHA-256 {sha256}, got one "
+            f"with {sam.sha256()}: name the right one."
+        )
+    return sam.revision
 
 
 def upload(
@@ -122,9 +149,9 @@ def upload(
         The address of the commit.
     """
     api = HfApi()
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     with explain_hub_errors(repo_id):
-        if get_token() is None:
-            raise ValueError("Expected a token to write to the Hub with, got none: `hf auth login`, or set HF_TOKEN.")
+        check_token()
         if api.repo_exists(repo_id):
             if private and not api.repo_info(repo_id).private:
                 raise ValueError(
@@ -138,21 +165,35 @@ def upload(
                 )
         else:
             api.create_repo(repo_id, private=private)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = files_of(api, repo_id, revision)
-        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        # `upload_folder` may make several commits of many files.
-        commit = api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationAdd(name, path) for name, path in files.items()),
-                *(CommitOperationDelete(name) for name in there - files.keys()),
-            ],
-            commit_message="Upload model with imedsam",
-            revision=revision,
-        )
+        new_branch = revision is not None and not api.revision_exists(repo_id, revision)
+        if new_branch:
+            api.create_branch(repo_id, branch=str(revision))
+        head, there = api.repo_info(repo_id, revision=revision).sha, files_of(api, repo_id, revision)
+        try:
+            # `upload_folder` may make several commits of many files.
+            commit = api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationAdd(name, path) for name, path in files.items()),
+                    *(CommitOperationDelete(name) for name in there - files.keys()),
+                ],
+                commit_message="Upload model with imedsam",
+                revision=revision,
+                parent_commit=head,
+            )
+        except (HfHubHTTPError, HTTPError, RuntimeError):
+            found = api.repo_info(repo_id, revision=revision).sha
+            if found != head and files_of(api, repo_id, revision) == files.keys():  # the answer alone was lost
+                return f"{api.endpoint}/{repo_id}/commit/{found}"
+            if new_branch:
+                api.delete_branch(repo_id, branch=str(revision))
+            raise
     return commit.commit_url
+
+
+def check_token() -> None:
+    if get_token() is None:
+        raise ValueError("Expected a token to write to the Hub with, got none: `hf auth login`, or set HF_TOKEN.")
 
 
 def files_of(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
@@ -175,21 +216,40 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
         reasons = {
             401: "the token is not known: `hf auth login`, or set HF_TOKEN to one that can write",
             403: "the token may not write there: take one with write access, or a name of your own",
+            412: "something else was committed there meanwhile: look at it, and try again",
             413: "a file is too large: publish an adapter, or a smaller picture",
         }
-        reason = reasons.get(status, f"try again; what is there is as it was ({error})")
+        again = "try again" if status is None or status >= 500 else "it does not take what was asked for"
+        reason = reasons.get(status, f"{again} ({error})")
         raise OSError(f"Expected the Hub to take {repo_id}, got status {status}: {reason}.") from error
     except (HTTPError, RuntimeError) as error:  # of the connection, and of a large file on its way
-        raise OSError(
-            f"Expected to reach the Hub, got {error}: look to the network, and try again; what is there is as it was."
-        ) from error
+        raise OSError(f"Expected to reach the Hub, got {error}: look to the network, and try again.") from error
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    """What a training noted of the model that it left there."""
+    training = read_metrics(folder, "of a finished training: publish the folder that it left")
+    if not {"arguments", "history", "trainable_parameters"} <= training.keys():
+        raise ValueError(f"Expected the metrics.json of a training in {folder}, got another one.")
+    if training.get("weights", None) not in (None, weights_hash(str(folder))):
+        raise ValueError(
+            f"Expected the weights in {folder} that its metrics.json was written of, got others: publish the folder "
+            "that a training left as it is."
+        )
+    return training
 
 
 def read_metrics(folder: Path, what: str) -> dict[str, Any]:
     path = folder / "metrics.json"
     if not path.is_file():
         raise ValueError(f"Expected the metrics.json {what}, got none in {folder}.")
-    return json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"Expected JSON in {path}, got {error}: copy it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected an object in {path}, got {type(content).__name__}.")
+    return content
 
 
 def read_evaluation(report: Path, model: Path) -> dict[str, Any]:

@@ -43,6 +43,15 @@ def write_code(folder: Path) -> list[Path]:
     return written
 
 
+def forget_code(folder: Path) -> None:
+    """Takes out of a folder's configurations where code was that does not come along."""
+    for path in (folder / CONFIG_NAME, folder / PROCESSOR_NAME):
+        content = json.loads(path.read_text())
+        for part in (content, content.get("image_processor", {})):
+            part.pop("auto_map", None)
+        write_json(path, content)
+
+
 def collect_modules(modules: set[str]) -> dict[str, str]:
     """The sources of these modules and of all others of the package that they import, by their names."""
     sources: dict[str, str] = {}

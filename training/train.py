@@ -37,7 +37,7 @@ from imedsam.training.examples import Examples, load_examples, read_labels, with
 from imedsam.training.machine import describe_machine
 from imedsam.training.metrics import MetricTable
 from imedsam.training.model_card import is_hub_name
-from imedsam.training.report import write_report
+from imedsam.training.report import weights_hash, write_report
 
 # Which flag holds the learning rate of which part of the model.
 LEARNING_RATES = {
@@ -251,7 +251,7 @@ def finish(accelerator, processor, examples: dict[str, Examples], args, state: T
     if accelerator.is_main_process:
         model.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)
-        write_report(output_dir, report)
+        write_report(output_dir, {**report, "weights": weights_hash(str(output_dir))})
     accelerator.wait_for_everyone()
 
 
