@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+# Of that one release of Python.
+pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+
 
 @pytest.fixture(autouse=True)
 def fresh():

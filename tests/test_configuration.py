@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import json
 import re
 
@@ -221,7 +222,7 @@ def test_what_was_saved_before_there_was_a_prior_has_none(tmp_path):
 
 @pytest.mark.parametrize("config_class", [IMedSamConfig, UNetConfig])
 def test_the_docstring_has_every_value_and_its_default(config_class):
-    documented = dict(re.findall(r"^ {8}(\w+) \((.*)\):$", config_class.__doc__, flags=re.MULTILINE))
+    documented = dict(re.findall(r"^ {4}(\w+) \((.*)\):$", inspect.getdoc(config_class), flags=re.MULTILINE))
     fields = {field.name: field.default for field in dataclasses.fields(config_class)}
     assert documented.keys() == {*config_class.__annotations__, "id2label"} - {"initializer_range"}
     for name, text in documented.items():
