@@ -26,7 +26,7 @@ from PIL import Image
 from runs import RECIPE, STARTS, WITH_PIXEL_DECODER, start_folder
 from splits import clusters, find_relatives, make_splits, read_names
 
-from imedsam.training.evaluation_report import evaluate_to_folder
+from imedsam.training.evaluation_report import NUM_CASES, evaluate_to_folder
 from imedsam.training.examples import SPLITS, images_by_name, label_values, read_labels
 from imedsam.training.model_card import Publication, shown_name
 from imedsam.training.publish import prepare_folder, read_evaluation, read_metrics, summary_of
@@ -50,9 +50,11 @@ PUBLICATION = Publication(
     task="the object in the box: polyps in colonoscopy, lesions in breast ultrasound, and the right ventricle, "
     "myocardium and left ventricle in cardiac MR",
     data_terms="Kvasir-SEG (Jha et al., 2020), research and education; BUSI (Al-Dhabyani et al., 2020), public; ACDC "
-    "(Bernard et al., 2018), non-commercial research. The start point has learnt from them too, and from public "
-    "images of nuclei (DSB 2018), chest X-rays (Montgomery, Shenzhen) and atria (2018 left atrium challenge). So: "
-    "research, and nothing commercial.",
+    "(Bernard et al., 2018), non-commercial research, each of its classes as an object. The start point, an encoder "
+    "of SAM's kind with a DeiT-Tiny trunk from ImageNet, has learnt from their training images too, from public "
+    "images of nuclei (DSB 2018), chest X-rays (Montgomery, Shenzhen) and atria (2018 left atrium challenge), and is "
+    "no SAM. So: research, and nothing commercial. CVC-ClinicDB (Bernal et al., 2015) is another hospital's, which "
+    "neither has seen. Near-duplicates of training images are left out of the scores.",
 )
 METRICS = ("dice", "hd95", "nsd")
 TRAINING_FACTS = (
@@ -92,7 +94,14 @@ def main() -> None:
         facts = {key: training[key] for key in TRAINING_FACTS}
         write_json(args.results, {"training": facts, "evaluations": list(map(scores, evaluations))})
         if not (published := args.output_dir / "published").exists():
-            prepare_folder(model, published, PUBLICATION, reports=reports)
+            picture = draw(model, folders, args.output_dir / "reports" / "picture")
+            prepare_folder(model, published, PUBLICATION, reports=reports, picture=picture)
+
+
+def draw(model: str, folders: Path, report: Path) -> Path:
+    """What the model makes of the first six test images of BUSI, which is public, the worst first."""
+    evaluate_to_folder(model, str(folders / "busi"), report, num_images=NUM_CASES, mode="adaptive")
+    return report / "worst.png"
 
 
 def split_names(root: Path) -> dict[str, dict[str, list[str]]]:
