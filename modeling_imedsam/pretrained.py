@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import HfApi, save_torch_state_dict
 from peft import PeftConfig
 from torch import nn
 from transformers import SamModel
@@ -224,6 +225,44 @@ class IMedSamPreTrainedModel(AdaptedSam):
                     "would put the adapter on that. Choose another folder, or use save_pretrained."
                 )
         self._save_adapter(save_directory)
+
+    def push_adapter_to_hub(
+        self, repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
+    ) -> str:
+        """
+        Sends the active adapter alone to the Hub, in one commit, as `push_to_hub` does a whole model. `imedsam publish
+        --adapter` sends a card, the processor and the metrics with it.
+
+        Args:
+            repo_id: user/name; made if it is not there.
+            private: whether a new repository is private.
+            revision: a branch; the main one by default.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: an adapter on a SAM that is not from the Hub, where others could not find it.
+        """
+        if self._hf_peft_config_loaded and self.peft_config[self.active_adapters()[0]].revision is None:
+            raise ValueError(
+                f"Expected an adapter on a SAM from the Hub, got one on {self.name_or_path}: "
+                "`imedsam publish --adapter --base-model user/name` says where it is there."
+            )
+        api = HfApi(token=token)
+        with TemporaryDirectory() as folder:
+            self.save_adapter(folder)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message="Upload adapter",
+                delete_patterns="*.safetensors",  # of a whole model from before, which would be loaded
+            )
+        return commit.commit_url
 
     def _save_adapter(self, save_directory: str | os.PathLike) -> None:
         self.config.architectures = [type(self).__name__]

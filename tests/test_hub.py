@@ -180,6 +180,35 @@ for key, value in model.state_dict().items():
     assert {"config.json", "model.safetensors", "processor_config.json", "README.md"} <= hub.files(REPO).keys()
 
 
+def test_an_adapter_is_pushed(hub, sam_folder, tmp_path):
+    push_sam(hub, tmp_path / "home", sam_folder)
+    code = """
+import torch
+from imedsam import IMedSamModel
+small = {"coarse_widths": [32, 32], "fine_widths": [32, 32], "image_size": 64}
+model = IMedSamModel.from_sam_pretrained("tester/sam", **small)
+for parameters in model.parameter_parts().values():
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+model.push_to_hub("tester/adapter", private=True)  # whole, which is no longer there afterwards
+print(model.push_adapter_to_hub("tester/adapter"))
+loaded = IMedSamModel.from_pretrained("tester/adapter")
+for key, value in model.get_adapter_state_dict().items():
+    assert torch.equal(loaded.get_adapter_state_dict()[key], value), key
+"""
+    status, said = run(hub, tmp_path / "home", [sys.executable, "-c", code])
+    assert status == 0 and f"{hub.endpoint}/tester/adapter/commit/" in said, said
+    files = hub.files("tester/adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.json"} <= files.keys()
+    assert "model.safetensors" not in files and hub.repos["tester/adapter"].private
+    code = (
+        f"from imedsam import IMedSamModel; m = IMedSamModel.from_sam_pretrained({str(sam_folder)!r}, image_size=64)"
+    )
+    status, said = run(hub, tmp_path / "home", [sys.executable, "-c", f"{code}; m.push_adapter_to_hub('tester/x')"])
+    assert status == 1 and "Expected an adapter on a SAM from the Hub, got one on" in said
+    assert "tester/x" not in hub.repos
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
