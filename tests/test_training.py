@@ -149,7 +149,7 @@ def test_the_report(trained):
     assert report["num_images"] == {"train": 8, "validation": 3, "test": 3}
     assert report["arguments"]["config"]["coarse_widths"] == [32, 32]
     assert report["trainable_parameters"]["frequency gates"] == 64
-    assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert report["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # not of all builds
     assert set(report["floors"]) == set(report["test_floors"]) == {"filled box", "inscribed ellipse"}
     assert 0.5 < report["floors"]["filled box"]["dice"] < report["floors"]["inscribed ellipse"]["dice"] < 1
     assert set(report["validation_jittered"]) == set(report["test"]) == set(report["floors"]["filled box"])
