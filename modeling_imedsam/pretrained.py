@@ -244,7 +244,8 @@ class IMedSamPreTrainedModel(AdaptedSam):
         Raises:
             ValueError: an adapter on a SAM that is not from the Hub, where others could not find it.
         """
-        if self._hf_peft_config_loaded and self.peft_config[self.active_adapters()[0]].revision is None:
+        adapter: Any = self.peft_config[self.active_adapters()[0]] if self._hf_peft_config_loaded else None
+        if adapter is not None and adapter.revision is None:
             raise ValueError(
                 f"Expected an adapter on a SAM from the Hub, got one on {self.name_or_path}: "
                 "`imedsam publish --adapter --base-model user/name` says where it is there."
