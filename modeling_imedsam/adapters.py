@@ -259,7 +259,7 @@ class AdaptedSam(SamPreTrainedModel):
 
 
 # What each adapter has for itself.
-_ADAPTERS_OWN = ("id2label", "lora_rank", "lora_alpha", "lora_targets")
+_ADAPTERS_OWN = ("id2label", "lora_rank", "lora_alpha", "lora_targets", "monte_carlo_samples")
 _ADAPTER_NAME = re.compile(r"modules_to_save\.([^.]+)\.|(?<=lora_[AB])\.([^.]+)")
 # What changes the function that an adapter's parameters stand for, and not always their shapes.
 _SHARED_BY_ADAPTERS = (
@@ -281,7 +281,6 @@ _SHARED_BY_ADAPTERS = (
     "train_mask_decoder",
     "dropout",
     "uncertainty",
-    "monte_carlo_samples",
     "selection",
     "selection_share",
     "selection_lattice",

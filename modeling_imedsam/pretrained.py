@@ -84,7 +84,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
             base_model_name_or_path: where an adapter's SAM is, if not where the adapter says.
             kwargs: values of [`IMedSamConfig`] to change, and what transformers' `from_pretrained` takes.
         """
-        if kwargs.get("output_loading_info"):
+        if kwargs.pop("output_loading_info", False):
             raise ValueError("Expected no output_loading_info, got it: the model alone is returned.")
         path = str(pretrained_model_name_or_path)
         if os.path.isdir(path):  # where not every release of transformers looks into the subfolder for an adapter
@@ -118,7 +118,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
                     raise ValueError(
                         f"Expected a whole model at {path}, got one without {', '.join(missing[:4])}"
                         f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}: copy or download it again, "
-                        "with the config.json that belongs to it."
+                        "with the config.json that belongs to it, and change no value that adds parts."
                     )
         model.set_trainable()
         return model.eval()
@@ -261,7 +261,8 @@ class IMedSamPreTrainedModel(AdaptedSam):
                 folder_path=folder,
                 revision=revision,
                 commit_message="Upload adapter",
-                delete_patterns="*.safetensors",  # of a whole model from before, which would be loaded
+                # Of a whole model from before, which would be loaded.
+                delete_patterns=["*.safetensors", SAFE_WEIGHTS_INDEX_NAME],
             )
         return commit.commit_url
 

@@ -70,6 +70,7 @@ def test_a_whole_model_needs_nothing_else(trained, tmp_path):
     folder = prepare(trained, tmp_path / "out")
     names = {path.name for path in folder.iterdir()}
     assert names == {"README.md", "config.json", "metrics.json", "model.safetensors", "processor_config.json"}
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.iterdir())
     expected = masks(load_pipeline(trained))
     np.testing.assert_allclose(masks(IMedSamPipeline.from_pretrained(folder)), expected, atol=1e-4)
 

@@ -30,7 +30,7 @@ def convert_to_folder(model: str, output: Path, *, base_model: str | None = None
 
 
 def to_sam(model: str, base_model: str | None) -> SamModel:
-    if not os.path.isfile(model) and not model.endswith(WEIGHTS):
+    if os.path.isdir(model) or not (os.path.isfile(model) or model.endswith(WEIGHTS)):
         model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
         if model_type == IMedSamConfig.model_type:
             with explain_configuration(model):

@@ -288,7 +288,7 @@ validation Dice. Trainable parameters: {trained}. `metrics.json` holds the argum
 ## Limits and intended use
 
 For research on images like those of `{dataset}`: to compare methods, to annotate faster, to start trainings from. Not
-for clinical use, and nothing that it gives is a diagnosis. The scores hold for boxes that fit the object; they say
-nothing about other devices, populations or loosely drawn boxes. It segments whatever a box is put around, whether the
+for clinical use, and nothing that it gives is a diagnosis. The scores hold for boxes as the tables have them, and say
+nothing about devices and populations that are not in them. It segments whatever a box is put around, whether the
 object is there or not.
 """

@@ -95,6 +95,9 @@ def prepare_folder(
         )
         (folder / "README.md").write_text(model_card(training, said), encoding="utf-8")
         write_json(folder / "metrics.json", summary_of(training))
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors writes for the owner alone
     return sorted(path for path in output.rglob("*") if path.is_file())
 
 
@@ -181,12 +184,13 @@ def upload(
                 revision=revision,
                 parent_commit=head,
             )
-        except (HfHubHTTPError, HTTPError, RuntimeError):
+        except (HfHubHTTPError, HTTPError, RuntimeError) as error:
+            refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
             found = api.repo_info(repo_id, revision=revision).sha
-            if found != head and files_of(api, repo_id, revision) == files.keys():  # the answer alone was lost
-                return f"{api.endpoint}/{repo_id}/commit/{found}"
-            if new_branch:
+            if found == head and new_branch:
                 api.delete_branch(repo_id, branch=str(revision))
+            if found != head and not refused and files_of(api, repo_id, revision) == files.keys():
+                return f"{api.endpoint}/{repo_id}/commit/{found}"  # the answer alone was lost
             raise
     return commit.commit_url
 
