@@ -206,7 +206,7 @@ def images_by_name(folder: Path) -> dict[str, Path]:
 
 
 def _read_splits(path):
-    content = _read_object(path, _SPLITS_HELP)
+    content = read_object(path, _SPLITS_HELP)
     splits = {name: content[name] for name in (*SPLITS, *VALIDATION_NAMES) if name in content}
     for name, names in splits.items():
         if not isinstance(names, list) or not all(isinstance(image, str) for image in names):
@@ -214,8 +214,8 @@ def _read_splits(path):
     return {name: list(map(_without_suffix, names)) for name, names in splits.items()}
 
 
-def _read_object(path, way_out):
-    """A JSON object as a dictionary."""
+def read_object(path, way_out):
+    """A JSON object as a dictionary; `way_out` is the end of what is said of anything else."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -230,7 +230,7 @@ def _without_suffix(name):
 
 
 def _read_groups(path, images):
-    content = _read_object(path, _GROUPS_HELP)
+    content = read_object(path, _GROUPS_HELP)
     groups = {_without_suffix(name): group for name, group in content.items()}
     for name in images:
         if not isinstance(groups.get(name), str):
@@ -259,7 +259,7 @@ def read_labels(path: Path) -> dict[int, str]:
     Raises:
         ValueError: the file holds something else, two classes of one name or no class.
     """
-    content = _read_object(path, _LABELS_HELP)
+    content = read_object(path, _LABELS_HELP)
     for value, name in content.items():
         if not value.isdecimal() or not isinstance(name, str):
             raise ValueError(

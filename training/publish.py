@@ -16,6 +16,7 @@ from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.sam_checkpoints import load_sam
 from imedsam.training.baselines import load_model
+from imedsam.training.examples import read_object
 from imedsam.training.model_card import Publication, model_card, shown_name
 from imedsam.training.remote_code import forget_code, write_code
 from imedsam.training.report import new_folder, weights_hash, write_json
@@ -140,8 +141,8 @@ def upload(
     folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None, update: bool = False
 ) -> str:
     """
-    Sends a folder that `prepare_folder` wrote, in one commit: whatever fails, a repository is as it was, or new and
-    empty.
+    Sends a folder that `prepare_folder` wrote, in one commit: whatever fails, a repository holds what it held, or is
+    new and empty. A branch that was made for it stays only where the Hub can no longer be reached.
 
     Args:
         private: whether a new repository is private.
@@ -247,13 +248,7 @@ def read_metrics(folder: Path, what: str) -> dict[str, Any]:
     path = folder / "metrics.json"
     if not path.is_file():
         raise ValueError(f"Expected the metrics.json {what}, got none in {folder}.")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"Expected JSON in {path}, got {error}: copy it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"Expected an object in {path}, got {type(content).__name__}.")
-    return content
+    return read_object(path, "copy it again")
 
 
 def read_evaluation(report: Path, model: Path) -> dict[str, Any]:
