@@ -28,6 +28,7 @@ from transformers.utils import (
 from imedsam.adapters import AdaptedSam
 from imedsam.configuration.configuration_imedsam import CONFIGURATION_KEYS, IMedSamConfig
 from imedsam.frequency import FrequencyBranch
+from imedsam.hub_errors import check_token, explain_hub_errors
 from imedsam.image_encoder import resize_positions
 from imedsam.implicit_decoder import ClassLinear, EllipsePrior, HiddenLinear
 from imedsam.lora import fuse_qkv, split_qkv
@@ -230,8 +231,9 @@ class IMedSamPreTrainedModel(AdaptedSam):
         self, repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
     ) -> str:
         """
-        Sends the active adapter alone to the Hub, in one commit, as `push_to_hub` does a whole model. `imedsam publish
-        --adapter` sends a card, the processor and the metrics with it.
+        Sends the active adapter alone to the Hub, in one commit, as `push_to_hub` does a whole model. The weights of a
+        whole model that was there give way to it; all else stays, such as a card and metrics. `imedsam publish
+        --adapter` sends those and the processor too, and with `--update` nothing stays.
 
         Args:
             repo_id: user/name; made if it is not there.
@@ -242,7 +244,8 @@ class IMedSamPreTrainedModel(AdaptedSam):
             The address of the commit.
 
         Raises:
-            ValueError: an adapter on a SAM that is not from the Hub, where others could not find it.
+            ValueError: an adapter on a SAM that is not from the Hub, where others could not find it; or no token.
+            OSError: the Hub cannot be reached, or does not take it.
         """
         adapter: Any = self.peft_config[self.active_adapters()[0]] if self._hf_peft_config_loaded else None
         if adapter is not None and adapter.revision is None:
@@ -250,20 +253,22 @@ class IMedSamPreTrainedModel(AdaptedSam):
                 f"Expected an adapter on a SAM from the Hub, got one on {self.name_or_path}: "
                 "`imedsam publish --adapter --base-model user/name` says where it is there."
             )
+        check_token(token)
         api = HfApi(token=token)
         with TemporaryDirectory() as folder:
             self.save_adapter(folder)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message="Upload adapter",
-                # Of a whole model from before, which would be loaded.
-                delete_patterns=["*.safetensors", SAFE_WEIGHTS_INDEX_NAME],
-            )
+            with explain_hub_errors(repo_id):
+                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                if revision is not None:
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+                commit = api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    revision=revision,
+                    commit_message="Upload adapter",
+                    # Of a whole model from before, which would be loaded.
+                    delete_patterns=["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME],
+                )
         return commit.commit_url
 
     def _save_adapter(self, save_directory: str | os.PathLike) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from hub_server import HubServer
+from hub_server import Blob, HubServer
 from transformers import SamModel
 
 from imedsam.training import train
@@ -20,6 +20,7 @@ from imedsam.training.baselines import load_pipeline
 pytestmark = pytest.mark.slow
 
 REPO = "tester/lesions"
+LIVER = Blob(b"weights", lfs=True)
 BOX = [8.0, 12.0, 50.0, 44.0]
 IMEDSAM = [sys.executable, "-m", "imedsam.training.cli"]
 
@@ -209,7 +210,33 @@ for key, value in model.get_adapter_state_dict().items():
     assert "tester/x" not in hub.repos
 
 
-@pytest.mark.parametrize(
+def test_what_is_beside_an_adapter_stays(hub, trained, sam_folder, tmp_path):
+    """As `push_to_hub` leaves it: the card, and adapters in folders of their own."""
+    status, said = publish(hub, tmp_path / "home", trained)
+    assert status == 0, said
+    before = hub.files(REPO)
+    hub.repos[REPO].commit("main", "another", {**hub.repos[REPO].find("main").files, "liver/model.safetensors": LIVER})
+    status, said = push_adapter(hub, tmp_path / "home", sam_folder)
+    assert status == 0, said
+    files = hub.files(REPO)
+    assert "model.safetensors" not in files and files["liver/model.safetensors"] == LIVER.data
+    assert files.keys() > {"adapter_model.safetensors"} and files["config.json"] != before["config.json"]
+    for name in ("README.md", "metrics.json", "processor_config.json"):
+        assert files[name] == before[name]
+
+
+def push_adapter(hub, home, sam_folder, **options):
+    """Of a model on a SAM that is said to be the Hub's."""
+    code = f"""
+from imedsam import IMedSamModel
+model = IMedSamModel.from_sam_pretrained({str(sam_folder)!r}, image_size=64)
+model.peft_config["default"].revision = 40 * "0"
+model.push_adapter_to_hub({REPO!r})
+"""
+    return run(hub, home, [sys.executable, "-c", code], **options)
+
+
+UNREACHED = pytest.mark.parametrize(
     "options, message",
     [
         ({"token": None}, "Expected a token to write to the Hub with, got none: `hf auth login`"),
@@ -219,10 +246,26 @@ for key, value in model.get_adapter_state_dict().items():
     ],
     ids=["no token", "wrong token", "no network", "offline"],
 )
+
+
+@UNREACHED
 def test_what_keeps_it_from_the_hub_is_named(hub, trained, tmp_path, options, message):
     status, said = publish(hub, tmp_path / "home", trained, **options)
     assert status == 2 and message in said
     assert REPO not in hub.repos
+
+
+@UNREACHED
+def test_what_keeps_an_adapter_from_the_hub_is_named(hub, sam_folder, tmp_path, options, message):
+    status, said = push_adapter(hub, tmp_path / "home", sam_folder, **options)
+    assert status == 1 and message in said.rpartition("Error: ")[2], said
+    assert REPO not in hub.repos
+
+
+def test_an_adapter_that_may_not_be_written_is_named(hub, sam_folder, tmp_path):
+    hub.fail("POST", "/commit/", status=403)
+    status, said = push_adapter(hub, tmp_path / "home", sam_folder)
+    assert status == 1 and f"OSError: Expected the Hub to take {REPO}, got status 403: the token may not write" in said
 
 
 @pytest.mark.parametrize("part", ["/lfs/", "/commit/"])

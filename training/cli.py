@@ -262,8 +262,9 @@ def publish(
     """Put a trained model on the Hub: weights or adapter, processor, model card, metrics, a picture."""
     import tempfile
 
+    from imedsam.hub_errors import check_token
     from imedsam.training.model_card import Publication
-    from imedsam.training.publish import check_token, prepare_folder, upload
+    from imedsam.training.publish import prepare_folder, upload
     from imedsam.training.report import new_folder
 
     for flag, name in {"--repo": repo, "--base-model": base_model}.items():

@@ -1,17 +1,17 @@
 """A trained model on the Hub: weights or adapter, processor, model card, metrics and a picture, in one commit."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RevisionNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundError
 from PIL import Image
 from transformers.utils import ADAPTER_CONFIG_NAME
 
+from imedsam.hub_errors import check_token, explain_hub_errors
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.sam_checkpoints import load_sam
@@ -196,39 +196,12 @@ def upload(
     return commit.commit_url
 
 
-def check_token() -> None:
-    if get_token() is None:
-        raise ValueError("Expected a token to write to the Hub with, got none: `hf auth login`, or set HF_TOKEN.")
-
-
 def files_of(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
     """What a branch holds of ours; nothing, if it is not there."""
     try:
         return set(api.list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
     except RevisionNotFoundError:
         return set()
-
-
-@contextmanager
-def explain_hub_errors(repo_id: str) -> Iterator[None]:
-    """What happened and what to do about it, instead of a traceback out of the client."""
-    try:
-        yield
-    except OfflineModeIsEnabled as error:
-        raise OSError("Expected the Hub to be reached, got HF_HUB_OFFLINE=1: unset it to publish.") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        reasons = {
-            401: "the token is not known: `hf auth login`, or set HF_TOKEN to one that can write",
-            403: "the token may not write there: take one with write access, or a name of your own",
-            412: "something else was committed there meanwhile: look at it, and try again",
-            413: "a file is too large: publish an adapter, or a smaller picture",
-        }
-        again = "try again" if status is None or status >= 500 else "it does not take what was asked for"
-        reason = reasons.get(status, f"{again} ({error})")
-        raise OSError(f"Expected the Hub to take {repo_id}, got status {status}: {reason}.") from error
-    except (HTTPError, RuntimeError) as error:  # of the connection, and of a large file on its way
-        raise OSError(f"Expected to reach the Hub, got {error}: look to the network, and try again.") from error
 
 
 def read_training(folder: Path) -> dict[str, Any]:
