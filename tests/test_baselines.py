@@ -189,6 +189,20 @@ def test_an_adapter_alone_comes_back(make, inputs, tmp_path, method):
     assert not torch.allclose(model(**inputs).pred_masks, expected, atol=0.01)
 
 
+def test_of_what_goes_wrong_the_configuration_alone_is_called_one(make, tmp_path):
+    """What `from_pretrained` does not know is no key of config.json."""
+    make("imedsam").save_pretrained(tmp_path)
+    for load in (load_model, load_pipeline):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
+            load(tmp_path, rank=4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for wrong in ({"rank": 4}, {"lora_rank": "4"}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
+        for load in (load_model, load_pipeline):
+            with pytest.raises(ValueError, match="Expected a configuration of this version in .*config.json, got"):
+                load(tmp_path)
+
+
 def test_another_checkpoint_is_refused(sam_folder, tmp_path):
     with pytest.raises(ValueError, match="got one of type 'sam': start from a SAM"):
         load_model(sam_folder)

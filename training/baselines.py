@@ -18,8 +18,7 @@ is an [`IMedSamModel`]; `load_model` loads the folder of any of them.
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,28 +45,28 @@ def load_model(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) 
     Raises:
         ValueError: a checkpoint of another kind, or whose configuration has unknown keys or values of a wrong type.
     """
-    # I-MedSAM's says what is wrong with another checkpoint.
-    model_class = find_model_class(pretrained_model_name_or_path, **only_finding(kwargs)) or IMedSamModel
-    with explain_configuration(pretrained_model_name_or_path):
-        return model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+    model_class = check_model_class(pretrained_model_name_or_path, **only_finding(kwargs))
+    return model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 def load_pipeline(
     pretrained_model_name_or_path: str | os.PathLike, device: str | torch.device = "cpu", **kwargs: Any
 ) -> IMedSamPipeline:
     """`IMedSamPipeline.from_pretrained` for I-MedSAM or a baseline, with the errors of `load_model`."""
-    model_class = find_model_class(pretrained_model_name_or_path, **only_finding(kwargs)) or IMedSamModel
-    with explain_configuration(pretrained_model_name_or_path):
-        return IMedSamPipeline.from_pretrained(pretrained_model_name_or_path, device, model_class, **kwargs)
+    model_class = check_model_class(pretrained_model_name_or_path, **only_finding(kwargs))
+    return IMedSamPipeline.from_pretrained(pretrained_model_name_or_path, device, model_class, **kwargs)
 
 
-@contextmanager
-def explain_configuration(path: str | os.PathLike) -> Iterator[None]:
-    """What a file of a newer version, or one that was changed by hand, has come to."""
+def check_model_class(path: str | os.PathLike, **finding: Any) -> type[IMedSamModel]:
+    """`find_model_class`, of a checkpoint whose configuration can be read."""
+    model_class = find_model_class(path, **finding)
+    if model_class is None:
+        return IMedSamModel  # which says what is wrong with it
     try:
-        yield
-    except (TypeError, StrictDataclassError) as error:
+        model_class.config_class.from_pretrained(path, **finding)
+    except (TypeError, StrictDataclassError) as error:  # of a newer version, or changed by hand
         raise ValueError(f"Expected a configuration of this version in {path}/config.json, got: {error}") from error
+    return model_class
 
 
 def find_model_class(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> type[IMedSamModel] | None:

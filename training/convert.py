@@ -7,9 +7,8 @@ from transformers import SamModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
-from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.sam_checkpoints import WEIGHTS, load_sam
-from imedsam.training.baselines import explain_configuration
+from imedsam.training.baselines import load_model
 from imedsam.training.report import new_folder
 
 
@@ -33,6 +32,5 @@ def to_sam(model: str, base_model: str | None) -> SamModel:
     if os.path.isdir(model) or not (os.path.isfile(model) or model.endswith(WEIGHTS)):
         model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
         if model_type == IMedSamConfig.model_type:
-            with explain_configuration(model):
-                return IMedSamModel.from_pretrained(model, base_model_name_or_path=base_model).to_sam()
+            return load_model(model, base_model_name_or_path=base_model).to_sam()
     return load_sam(model).to_model()
