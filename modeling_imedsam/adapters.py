@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -78,6 +79,11 @@ class AdaptedSam(SamPreTrainedModel):
         Loads a further adapter, which may have classes of its own; `set_adapter(adapter_name)` switches to it. A first
         one is active at once.
 
+        Args:
+            peft_model_id: Hub name or folder.
+            kwargs: what says where it is there (`revision`, `subfolder`, `token`, ...), and what transformers'
+                `load_adapter` takes.
+
         Raises:
             ValueError: an adapter of another configuration than that of those which are there, or none to switch from.
         """
@@ -90,9 +96,12 @@ class AdaptedSam(SamPreTrainedModel):
         others = list(self.peft_config) if self._hf_peft_config_loaded else []
         active = self.active_adapters()[0] if others else name
         other = self.config
+        place = {**(kwargs.pop("adapter_kwargs", None) or {}), **only_finding(kwargs)}
+        kwargs = {key: value for key, value in kwargs.items() if key not in place}
         if peft_model_id is not None:
-            finding = only_finding(kwargs.get("adapter_kwargs") or {})
-            other = self.config_class.from_pretrained(peft_model_id, **finding)
+            if os.path.isdir(peft_model_id):
+                peft_model_id = os.path.join(peft_model_id, place.pop("subfolder", ""))
+            other = self.config_class.from_pretrained(peft_model_id, **only_finding(place))
             first = ["base_model_sha256"] if other.base_model_sha256 is not None else []
             for key in _SHARED_BY_ADAPTERS if others else first:
                 if getattr(other, key) != getattr(self.config, key):
@@ -102,7 +111,7 @@ class AdaptedSam(SamPreTrainedModel):
                     )
         try:
             with refuse_damaged(str(peft_model_id)), self._copying_decoder_of(other), _unsurprised():
-                info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+                info = super().load_adapter(peft_model_id, adapter_name, *args, adapter_kwargs=place, **kwargs)
             # transformers counts other adapters' parameters as missing too.
             missing = [key for key in info.missing_and_mismatched() if _adapter_of(key) == name]
             if missing or info.unexpected_keys:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from hub_server import Blob, HubServer
+from hub_server import Blob, HubServer, Repo
 from transformers import SamModel
 
 from imedsam.training import train
@@ -223,6 +223,49 @@ def test_what_is_beside_an_adapter_stays(hub, trained, sam_folder, tmp_path):
     assert files.keys() > {"adapter_model.safetensors"} and files["config.json"] != before["config.json"]
     for name in ("README.md", "metrics.json", "processor_config.json"):
         assert files[name] == before[name]
+
+
+def test_an_adapter_is_of_one_place(hub, from_sam, tmp_path):
+    """Configuration and weights: of one revision, and of one folder in the repository."""
+    one, two = from_sam(seed=1, id2label={0: "liver"}), from_sam(seed=2, id2label={0: "lung", 1: "heart"})
+    hub.repos[REPO] = repo = Repo(REPO, private=False)
+    for name, model in {"one": one, "two": two}.items():
+        model.save_adapter(tmp_path / name)
+    for branch, root, under in (("main", "one", "two"), ("v2", "two", "one")):
+        files = {f"organs/{path.name}": Blob(path.read_bytes()) for path in (tmp_path / under).iterdir()}
+        files |= {path.name: Blob(path.read_bytes()) for path in (tmp_path / root).iterdir()}
+        repo.commit(branch, "adapters", files)
+    code = f"""
+import torch
+from imedsam import IMedSamModel
+from imedsam.training.baselines import load_model
+
+def check(model, expected):
+    assert model.config.id2label == expected.config.id2label, model.config.id2label
+    for key, value in expected.get_adapter_state_dict().items():
+        assert torch.equal(model.get_adapter_state_dict()[key], value), key
+
+one, two = (IMedSamModel.from_pretrained({str(tmp_path)!r}, subfolder=name) for name in ("one", "two"))
+assert one.config.id2label != two.config.id2label
+for place, expected in (
+    ({{}}, one),
+    ({{"subfolder": "organs"}}, two),
+    ({{"revision": "v2"}}, two),
+    ({{"revision": "v2", "subfolder": "organs"}}, one),
+):
+    check(IMedSamModel.from_pretrained({REPO!r}, **place), expected)
+    check(load_model({REPO!r}, **place), expected)
+    for arguments in (place, {{"adapter_kwargs": place}}):
+        model = IMedSamModel.from_pretrained({REPO!r})
+        model.load_adapter({REPO!r}, "other", **arguments)
+        model.set_adapter("other")
+        check(model, expected)
+model.load_adapter({str(tmp_path)!r}, "here", subfolder="two")
+model.set_adapter("here")
+check(model, two)
+"""
+    status, said = run(hub, tmp_path / "home", [sys.executable, "-c", code])
+    assert status == 0, said
 
 
 def push_adapter(hub, home, sam_folder, **options):
