@@ -14,7 +14,8 @@ from imedsam.training.report import new_folder
 
 def convert_to_folder(model: str, output: Path, *, base_model: str | None = None) -> SamModel:
     """
-    Writes a folder that `SamModel.from_pretrained` loads.
+    Writes a folder that `SamModel.from_pretrained` loads, without a processor: transformers' `SamProcessor` prepares
+    images for SAM's own weights alone.
 
     Args:
         model: an original file of SAM, MedSAM or SAM-Med2D; a `SamModel`; or an I-MedSAM without a frequency branch,
