@@ -146,6 +146,16 @@ def test_a_local_folder_is_no_name_on_the_hub(trained, tmp_path, monkeypatch):
     assert shown_name(r"C:\Users\jane\data\busi") == "busi"
 
 
+def test_a_folder_of_the_name_of_the_sam_is_not_taken_for_it(trained, sam_folder, tmp_path, monkeypatch):
+    """It has no commit for the adapter to note."""
+    shutil.copytree(sam_folder, tmp_path / "somebody" / "sam")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    result = publish("--adapter", "--base-model", "somebody/sam", "-o", tmp_path / "out", model=trained)
+    assert result.exit_code == 2 and "Expected somebody/sam to be the SAM's name on the Hub alone, got" in words(result)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_card(trained, tmp_path):
     report, picture = trained.parent / "report", tmp_path / "shown.png"
     exif = Image.Exif()

@@ -125,6 +125,11 @@ def save_adapter(model: IMedSamModel, folder: Path, base_model: str | None, offl
 
 def find_commit(base_model: str, sha256: str) -> str | None:
     """The commit of a SAM on the Hub that has the weights of this hash."""
+    if Path(base_model).exists():  # which would be looked at instead, and has no commit
+        raise ValueError(
+            f"Expected {base_model} to be the SAM's name on the Hub alone, got a folder of that name too: give the "
+            "command in another folder."
+        )
     try:
         sam = load_sam(base_model)
     except OSError as error:
