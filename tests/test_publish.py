@@ -36,7 +36,9 @@ def trained(sam_folder, tmp_path_factory):
     train.main([*flags.split(), *"--num_train_epochs 1 --per_device_train_batch_size 2".split(), *SMALL.split()])
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    evaluate_to_folder(str(folder), "phantoms", folder.parent / "report", num_images=3, sizes=(None, 64))
+    evaluate_to_folder(
+        str(folder), "phantoms", folder.parent / "report", num_images=3, sizes=(None, 64), box_jitters=(0, 0.1)
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 
@@ -152,7 +154,9 @@ def test_a_folder_of_the_name_of_the_sam_is_not_taken_for_it(trained, sam_folder
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     result = publish("--adapter", "--base-model", "somebody/sam", "-o", tmp_path / "out", model=trained)
-    assert result.exit_code == 2 and "Expected somebody/sam to be the SAM's name on the Hub alone, got" in words(result)
+    assert result.exit_code == 2 and "Expected somebody/sam to be the SAM's name on the Hub alone, got" in words(
+        result
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -172,6 +176,12 @@ def test_the_card(trained, tmp_path):
     values = {metric["type"]: metric["value"] for metric in results[0]["metrics"]}
     assert values["dice"] == round(100 * means["dice"], 2) and values["hd95"] == round(means["hd95"], 2)
     assert results[0]["dataset"]["split"] == "test"
+    assert len(results) == 2 and results[1]["dataset"]["config"] == "native size, boxes jittered by 10 %"
+    jittered = evaluation["settings"][1]["methods"]["lesions"]["mean"]
+    assert {metric["type"]: metric["value"] for metric in results[1]["metrics"]}["dice"] == round(
+        100 * jittered["dice"], 2
+    )
+    assert jittered["dice"] != means["dice"]
     for text in (
         "lesions in drawings",
         "drawn, free for all",
@@ -183,7 +193,8 @@ def test_the_card(trained, tmp_path):
     for setting in evaluation["settings"]:
         assert f"| phantoms, test (3 images), {setting['title']} |" in card
         for name, method in setting["methods"].items():
-            row = f"| {'this model' if name == 'lesions' else name} | {100 * method['mean']['dice']:.1f} |"
+            values = [100 * value for value in (method["mean"]["dice"], *method["interval"]["dice"])]
+            row = "| {} | {:.1f} [{:.1f}, {:.1f}] |".format("this model" if name == "lesions" else name, *values)
             assert row in card
     with Image.open(folder / "picture.png") as sent:
         assert sent.size == (20, 10) and not sent.getexif()
@@ -191,7 +202,7 @@ def test_the_card(trained, tmp_path):
     assert len([line for line in usage.splitlines() if line]) == 5
     image().save(tmp_path / "image.png")
     usage = usage.replace("somebody/lesions", str(folder)).replace("image.png", str(tmp_path / "image.png"))
-    names = dict(zip(("x0", "y0", "x1", "y1"), BOX, strict=True))
+    names = {}
     exec(usage, names)
     assert names["mask"].shape == (64, 64)
 
@@ -200,15 +211,14 @@ def test_the_code_comes_with_it(trained, tmp_path):
     """Loaded in a process that has transformers, peft, torch, numpy and pillow alone, and saved again."""
     folder = prepare(trained, tmp_path / "out", "--with-code")
     pixels = np.asarray(image().convert("RGB"))
-    np.save(tmp_path / "image.npy", pixels)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
     site = make_site(tmp_path / "site", "transformers", "peft", "torch", "numpy", "pillow")
     card = (folder / "README.md").read_text()
     usage = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("somebody/lesions", str(folder))
+    usage = usage.replace("image.png", str(tmp_path / "image.png"))
     code = f"""
 import importlib.util, numpy, torch
 assert importlib.util.find_spec("imedsam") is None and importlib.util.find_spec("monai") is None
-image = numpy.load({str(tmp_path / "image.npy")!r})
-x0, y0, x1, y1 = {BOX}
 {usage}
 numpy.save({str(tmp_path / "masks.npy")!r}, outputs.pred_masks.detach().numpy())
 print(tuple(masks[0].shape), type(model).__module__.split(".")[0])

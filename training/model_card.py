@@ -82,6 +82,7 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
         start="nothing" if base is None else f"`{base if base in on_hub else shown_name(base)}`",
         image_size=report["image_size"],
         classes=", ".join(report["classes"].values()),
+        intervals=", with 95 % intervals in brackets" if publication and publication.evaluations else "",
         table="\n".join(results),
         trained=", ".join(f"{name} {count:,}" for name, count in report["trainable_parameters"].items()),
         images=report["num_images"]["train"],
@@ -124,20 +125,23 @@ def _metadata(report: Mapping, publication: Publication | None, name: str, base:
 
 
 def _eval_results(evaluation: Mapping) -> list[EvalResult]:
-    """As `model-index` has them: of exact boxes on the first size, which is what the first setting is."""
-    setting = evaluation["settings"][0]
-    means = next(iter(setting["methods"].values()))["mean"]
+    """As `model-index` has them: on the first size, jittered boxes apart from exact ones."""
+    first, *_ = evaluation["settings"]
     return [
         EvalResult(
             task_type="image-segmentation",
             task_name=f"Segmentation from a box, {setting['title']}",
             dataset_type=shown_name(evaluation["data"]),
             dataset_name=shown_name(evaluation["data"]),
+            dataset_config=setting["title"] if setting["box_jitter"] else None,  # which tells them apart
             dataset_split=evaluation["split"],
             metric_type=key,
             metric_name=_titles(evaluation)[key],
             metric_value=round(COLUMNS[key][1] * means[key], 2),
         )
+        for setting in evaluation["settings"]
+        if setting["output_size"] == first["output_size"]
+        for means in [next(iter(setting["methods"].values()))["mean"]]
         for key in METRICS
         if means.get(key) is not None
     ]
@@ -178,11 +182,11 @@ def _evaluation_results(evaluation: Mapping) -> str:
     tables = []
     for setting in evaluation["settings"]:
         first, *others = setting["methods"]
-        rows = {"this model": setting["methods"][first]["mean"]}
-        rows |= {name: setting["methods"][name]["mean"] for name in others}
+        methods = {"this model": setting["methods"][first]} | {name: setting["methods"][name] for name in others}
         images = f"{evaluation['num_images']} images"
         title = f"{shown_name(evaluation['data'])}, {evaluation['split']} ({images}), {setting['title']}"
-        tables.append(markdown_table(rows, title, _titles(evaluation)))
+        means, intervals = ({name: row[part] for name, row in methods.items()} for part in ("mean", "interval"))
+        tables.append(markdown_table(means, title, _titles(evaluation), intervals))
     return "\n".join(tables)
 
 
@@ -194,15 +198,29 @@ def _titles(evaluation: Mapping) -> dict[str, str]:
 
 
 def markdown_table(
-    rows: Mapping[str, Mapping[str, float]], title: str = "", titles: Mapping[str, str] | None = None
+    rows: Mapping[str, Mapping[str, float]],
+    title: str = "",
+    titles: Mapping[str, str] | None = None,
+    intervals: Mapping[str, Mapping[str, Sequence[float | None]]] | None = None,
 ) -> str:
-    """A row per method; Dice, IoU and surface Dice (NSD) in percent, distances in pixels unless the titles say so."""
+    """
+    A row per method; Dice, IoU and surface Dice (NSD) in percent, distances in pixels unless the titles say so; with
+    the low and high of each value behind it, if there are `intervals`.
+    """
     titles = titles or _titles({"unit": "px", "tolerance": 1})
     lines = [f"| {title} | " + " | ".join(titles.values()) + " |", "|---|" + "---:|" * len(METRICS)]
     for name, metrics in rows.items():
-        values = ("–" if metrics[key] is None else f"{COLUMNS[key][1] * metrics[key]:.1f}" for key in METRICS)
-        lines.append(f"| {name} | " + " | ".join(values) + " |")
+        cells = []
+        for key in METRICS:
+            low, high = (intervals or {}).get(name, {}).get(key, (None, None))
+            cell = _shown(key, metrics[key])
+            cells.append(cell if low is None else f"{cell} [{_shown(key, low)}, {_shown(key, high)}]")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _shown(key: str, value: float | None) -> str:
+    return "–" if value is None else f"{COLUMNS[key][1] * value:.1f}"
 
 
 def shown_name(name: str) -> str:
@@ -220,7 +238,7 @@ from imedsam import IMedSamPipeline
 
 pipeline = IMedSamPipeline.from_pretrained("{repo}")
 pipeline.set_image(Image.open("image.png"))
-mask = pipeline.predict(input_boxes=[[x0, y0, x1, y1]], class_labels=[0]).masks[0, 0]"""
+mask = pipeline.predict(input_boxes=[[8, 12, 50, 44]], class_labels=[0]).masks[0, 0]"""
 BASELINE_USAGE = USAGE.replace(
     "from imedsam import IMedSamPipeline", "from imedsam.training.baselines import load_pipeline"
 )
@@ -237,11 +255,12 @@ Without the package, with transformers, peft, torch, numpy and pillow alone (thi
 weights):
 
 ```python
+from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)
-inputs = processor(image, input_boxes=[[[x0, y0, x1, y1]]])
+inputs = processor(Image.open("image.png"), input_boxes=[[[8, 12, 50, 44]]])
 outputs = model(**inputs)
 masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])
 ```
@@ -272,12 +291,13 @@ mask at any resolution. Classes: {classes}.{task}
 {usage}
 ```
 
-Boxes are in pixels of the image, (0, 0) being its top left corner.
+Boxes are x0, y0, x1, y1 in pixels of the image, (0, 0) being its top left corner.
 {adapter}{without_package}
 ## Metrics
 
-Means over objects, at the images' own size unless stated otherwise; Dice, IoU and surface Dice (NSD) in percent. Boxes
-come from the reference masks, so the filled box and the ellipse inscribed in it are what the prompt alone is worth.
+Means over objects{intervals}, at the images' own size unless stated otherwise; Dice, IoU and
+surface Dice (NSD) in percent. Boxes come from the reference masks, so the filled box and the ellipse inscribed in it
+are what the prompt alone is worth.
 
 {table}
 ## Training
