@@ -53,6 +53,7 @@ class AdaptedSam(SamPreTrainedModel):
     def __init__(self, config: Any):
         super().__init__(config)
         self._adapter_values: dict[str, dict[str, Any]] = {}  # of the configuration, by the adapter's name
+        self._configured_for: str | None = None  # the adapter whose values the configuration has
 
     def add_adapter(self, adapter_config: PeftConfig | None = None, adapter_name: str | None = None) -> None:
         """
@@ -61,7 +62,11 @@ class AdaptedSam(SamPreTrainedModel):
 
         Args:
             adapter_config: by default the one that the configuration describes.
+
+        Raises:
+            ValueError: a name with a dot.
         """
+        _refuse_dots(adapter_name)
         others: list[Any] = list(self.peft_config.values()) if self._hf_peft_config_loaded else []
         adapter_config = adapter_config or get_peft_config(self.config)
         with self._copying_decoder_of(self.config), _unsurprised():
@@ -85,8 +90,10 @@ class AdaptedSam(SamPreTrainedModel):
                 `load_adapter` takes.
 
         Raises:
-            ValueError: an adapter of another configuration than that of those which are there, or none to switch from.
+            ValueError: an adapter of another configuration than that of those which are there, or none to switch from;
+                a name with a dot.
         """
+        _refuse_dots(adapter_name)
         if not self._hf_peft_config_loaded and self.config.lora_rank == 0:
             raise ValueError(
                 f"Expected a model with LoRA to load {peft_model_id} into, got one without, or with LoRA merged into "
@@ -133,8 +140,14 @@ class AdaptedSam(SamPreTrainedModel):
         Takes an adapter out of memory. If it was the active one, the first of the others becomes it.
 
         Raises:
-            ValueError: no other would be left, which `disable_adapters` and `merge_and_unload` are for.
+            ValueError: no other would be left, which `disable_adapters` and `merge_and_unload` are for; or there is
+                none.
         """
+        if not self._hf_peft_config_loaded:
+            raise ValueError(
+                f"Expected a model with adapters to delete {adapter_names} of, got one without: load_adapter puts one "
+                "on it."
+            )
         gone = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
         active, left = self.active_adapters()[0], [name for name in self.peft_config if name not in gone]
         if not left:
@@ -158,8 +171,11 @@ class AdaptedSam(SamPreTrainedModel):
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
         """Makes another loaded adapter the active one, with its classes."""
+        if self._configured_for in self._adapter_values:  # which may have been changed since
+            self._adapter_values[self._configured_for] = _own_values(self.config)
         super().set_adapter(adapter_name)
-        for key, value in self._adapter_values.get(self.active_adapters()[0], {}).items():
+        self._configured_for = self.active_adapters()[0]
+        for key, value in self._adapter_values.get(self._configured_for, {}).items():
             setattr(self.config, key, deepcopy(value))
         classes: Any = self.config.id2label
         self.config.label2id = {name: index for index, name in classes.items()}
@@ -195,6 +211,7 @@ class AdaptedSam(SamPreTrainedModel):
                 setattr(self.get_submodule(parent), child, module.modules_to_save[module.active_adapters[0]])
         del self.peft_config
         self._hf_peft_config_loaded = False
+        self._adapter_values, self._configured_for = {}, None
         self._weight_conversions = None  # of the adapter's names, which transformers would undo on saving
         self.config.lora_rank, self.config.lora_targets = 0, []
         self.config.base_model_sha256, self.name_or_path = None, ""  # the encoder is no longer that SAM's
@@ -311,6 +328,14 @@ def _unsurprised() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _refuse_dots(adapter_name: str | None) -> None:
+    if "." in (adapter_name or ""):
+        raise ValueError(
+            "Expected an adapter's name without dots, as it becomes a part of its parameters' names, got "
+            f"{adapter_name!r}: write {str(adapter_name).replace('.', '_')!r}."
+        )
 
 
 def _own_values(config: IMedSamConfig) -> dict[str, Any]:

@@ -173,7 +173,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
             )
         model.name_or_path, model._base_revision = sam.name, sam.revision
         if isinstance(dtype, str):
-            dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
+            dtype = config.dtype if dtype == "auto" else _dtype_of(dtype)
         return model if dtype is None else nn.Module.to(model, dtype)
 
     def save_pretrained(  # type: ignore[override]  # names the arguments that it uses
@@ -336,6 +336,13 @@ def _load_base(
             f"Expected {base}, the SAM of the adapter at {path}, as a folder or file, in the cache or on the Hub, "
             f"got none: give its place as base_model_name_or_path (--base-model). ({error})"
         ) from error
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f'Expected dtype as one of torch, such as "float32" or "bfloat16", got {name!r}.')
+    return dtype
 
 
 def _single_device(device_map: Any) -> torch.device | None:

@@ -159,6 +159,9 @@ def test_an_adapter_comes_back_in_its_dtype(model, inputs, tmp_path, dtype):
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     assert torch.equal(masks(loaded, inputs), masks(model, inputs))
     assert IMedSamModel.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
+    for name in ("float33", "nn"):
+        with pytest.raises(ValueError, match=f"Expected dtype as one of torch, such as .*, got '{name}'"):
+            IMedSamModel.from_pretrained(tmp_path, dtype=name)
 
 
 def test_the_base_can_be_elsewhere(model, inputs, sam_folder, tmp_path):
@@ -467,6 +470,40 @@ def test_deleted_adapters_leave_the_others(from_sam, inputs, tmp_path):
     assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path / "again"), inputs), masks(two, inputs))
 
 
+def test_what_is_changed_in_the_configuration_stays_the_adapters(from_sam, tmp_path):
+    from_sam(seed=2, id2label={0: "liver", 1: "spleen"}).save_adapter(tmp_path)
+    model = from_sam(seed=1)
+    model.config.id2label = {0: "polyp"}
+    model.load_adapter(str(tmp_path), "organs")
+    assert model.config.id2label == {0: "polyp"}
+    model.set_adapter("organs")
+    assert model.config.id2label == {0: "liver", 1: "spleen"}
+    model.config.id2label[1] = "kidney"
+    model.config.monte_carlo_samples = 3
+    model.set_adapter("default")
+    assert model.config.id2label == {0: "polyp"} and model.config.monte_carlo_samples == 8
+    model.set_adapter("organs")
+    assert model.config.id2label == {0: "liver", 1: "kidney"} and model.config.monte_carlo_samples == 3
+    assert model.config.label2id == {"liver": 0, "kidney": 1}
+    model.config.id2label[0] = "pancreas"
+    model.add_adapter(adapter_name="third")
+    model.config.monte_carlo_samples = 5
+    model.delete_adapter("default")
+    model.set_adapter("organs")
+    assert model.config.id2label == {0: "pancreas", 1: "kidney"} and model.config.monte_carlo_samples == 3
+    model.set_adapter("third")
+    assert model.config.monte_carlo_samples == 5
+
+
+def test_an_adapters_name_has_no_dot(from_sam, tmp_path):
+    model = from_sam()
+    model.save_adapter(tmp_path)
+    for refused in (lambda: model.load_adapter(str(tmp_path), "a.b"), lambda: model.add_adapter(adapter_name="a.b")):
+        with pytest.raises(ValueError, match="Expected an adapter's name without dots, .* got 'a.b': write 'a_b'"):
+            refused()
+    assert list(model.peft_config) == ["default"]
+
+
 def test_a_first_adapter_is_put_on_its_own_sam_alone(from_sam, tmp_path):
     config = deepcopy(from_sam().config)
     from_sam().save_adapter(tmp_path)
@@ -577,6 +614,8 @@ def test_without_an_adapter(from_sam, tmp_path):
         model.save_adapter(tmp_path)
     with pytest.raises(ValueError, match="lora_rank of at least 1 for an adapter, got 0"):
         model.add_adapter()
+    with pytest.raises(ValueError, match="Expected a model with adapters to delete default of, got one without"):
+        model.delete_adapter("default")
     from_sam().save_adapter(tmp_path)
     for alone in (model, from_sam().merge_and_unload()):
         with pytest.raises(ValueError, match="a model with LoRA to load .*, got one without, or with LoRA merged"):
