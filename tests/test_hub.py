@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from drawn_folders import make_processor
 from hub_server import Blob, HubServer, Repo
+from PIL import Image
 from transformers import SamModel
+from typer.testing import CliRunner
 
 from imedsam.training import train
 from imedsam.training.baselines import load_pipeline
+from imedsam.training.cli import app
 
 pytestmark = pytest.mark.slow
 
@@ -266,6 +270,33 @@ check(model, two)
 """
     status, said = run(hub, tmp_path / "home", [sys.executable, "-c", code])
     assert status == 0, said
+
+
+def test_commands_take_the_revision_that_they_are_told(hub, from_sam, tmp_path):
+    """On the main branch there is no model."""
+    model = from_sam(frequency_view=None)
+    model.merge_and_unload().save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    hub.repos[REPO] = repo = Repo(REPO, private=False)
+    repo.commit("main", "nothing", {})
+    repo.commit("v2", "model", {path.name: Blob(path.read_bytes()) for path in (tmp_path / "model").iterdir()})
+    Image.effect_noise((50, 40), 60).save(tmp_path / "image.png")
+    commands = {
+        "predict": ["--image", tmp_path / "image.png", "--box", 5, 5, 30, 20],
+        "evaluate": ["--data", "phantoms", "--num-images", 1],
+        "export": ["--format", "torch"],
+        "convert": [],
+    }
+    for name, flags in commands.items():
+        command = [*IMEDSAM, name, "-o", tmp_path / name, *flags, "--revision"]
+        status, said = run(hub, tmp_path / "home", [*map(str, command), "main", "--model", REPO])
+        assert status == 2 and f"at {REPO}, got" in said, said
+        status, said = run(hub, tmp_path / "home", [*map(str, command), "v2", "--model", REPO])
+        assert status == 0 and (tmp_path / name).is_dir(), said
+        result = CliRunner().invoke(
+            app, [*map(str, command[len(IMEDSAM) :]), "v2", "--model", str(tmp_path / "model")]
+        )
+        assert result.exit_code == 2 and "no --revision of what is here" in " ".join(result.output.split())
 
 
 def push_adapter(hub, home, sam_folder, **options):

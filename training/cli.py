@@ -12,6 +12,10 @@ Mode = Literal["exact", "adaptive"]  # of rendering
 Base = Annotated[
     str | None, typer.Option("--base-model", help="The SAM of an adapter, if it is not where the adapter says.")
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of the model on the Hub; its main one by default."),
+]
 
 app = typer.Typer(
     help="I-MedSAM: medical image segmentation with Segment Anything and an implicit decoder.",
@@ -65,6 +69,7 @@ def predict(
     ] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
     base: Base = None,
+    revision: Revision = None,
 ) -> None:
     """Segment what is in the boxes: mask, overlay and uncertainty as PNG, and report.json."""
     import torch
@@ -88,8 +93,8 @@ def predict(
     with explain_errors():
         images = find_images(image)
         prompts = read_boxes(boxes, images) if boxes is not None else {path: [box] for path in images if box}
-        check_model_name("--model", model)
-        pipeline = load_pipeline(model, device, base_model_name_or_path=base)
+        check_model_name("--model", model, revision)
+        pipeline = load_pipeline(model, device, base_model_name_or_path=base, revision=revision)
         classes = pipeline.model.config.label2id
         if class_name is not None and class_name not in classes:
             raise ValueError(f"Expected --class to be one of {', '.join(classes)}, got {class_name!r}.")
@@ -122,8 +127,10 @@ def explain_errors() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from error
 
 
-def check_model_name(flag: str, model: str) -> None:
+def check_model_name(flag: str, model: str, revision: str | None = None) -> None:
     """Without asking the Hub for what cannot be there."""
+    if revision is not None and Path(model).exists():
+        raise typer.BadParameter(f"Expected no --revision of what is here, got {revision} of {model}: leave it out.")
     if not Path(model).exists() and (model.count("/") != 1 or model.startswith((".", "/"))):
         raise typer.BadParameter(
             f"Expected {flag} to be a folder or a name on the Hub such as user/model, got {model!r}."
@@ -173,13 +180,14 @@ def evaluate(
     ] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda for the process's own GPU.")] = "cpu",
     base: Base = None,
+    revision: Revision = None,
 ) -> None:
     """Measure a model on images with masks: metrics.json, tables, plots, and the worst and best cases."""
     from accelerate import PartialState
 
     from imedsam.training.evaluation_report import evaluate_to_folder
 
-    check_model_name("--model", model)
+    check_model_name("--model", model, revision)
     if compare is not None:
         check_model_name("--compare", compare)
     if spacing is not None and not all(length > 0 for length in spacing):
@@ -201,6 +209,7 @@ def evaluate(
             batch_size=batch_size,
             device=device,
             base_model=base,
+            revision=revision,
         )
     PartialState().destroy_process_group()
     for setting in report.get("settings", ()):
@@ -308,13 +317,16 @@ def export(
     ] = "onnx",
     int8: Annotated[bool, typer.Option(help="The encoder's products in 8-bit integers, for CPUs.")] = False,
     base: Base = None,
+    revision: Revision = None,
 ) -> None:
     """Write a model as files that run without this package: encoder, prompts, and the field at given points."""
     from imedsam.training.export import export_to_folder
 
-    check_model_name("--model", model)
+    check_model_name("--model", model, revision)
     with explain_errors():
-        difference = export_to_folder(model, output, file_format=file_format, int8=int8, base_model=base)
+        difference = export_to_folder(
+            model, output, file_format=file_format, int8=int8, base_model=base, revision=revision
+        )
     for path in sorted(output.iterdir()):
         typer.echo(f"{path.stat().st_size / 1e6:9.3f} MB  {path.name}")
     typer.echo(f"Logits differ by at most {difference:.0e}{' before the encoder was quantised' if int8 else ''}.")
@@ -331,15 +343,16 @@ def convert(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder, for SamModel.from_pretrained.")],
     base: Base = None,
+    revision: Revision = None,
 ) -> None:
     """Write a stock SamModel folder: of a checkpoint of the SAM family, or of an encoder that was trained here."""
     from imedsam.sam_checkpoints import WEIGHTS
     from imedsam.training.convert import convert_to_folder
 
     with explain_errors():
-        if not model.endswith(WEIGHTS) and not Path(model).is_file():
-            check_model_name("--model", model)
-        sam = convert_to_folder(model, output, base_model=base)
+        if revision is not None or not model.endswith(WEIGHTS) and not Path(model).is_file():
+            check_model_name("--model", model, revision)
+        sam = convert_to_folder(model, output, base_model=base, revision=revision)
     vision: Any = sam.config.vision_config
     typer.echo(
         f"{output}: {vision.num_hidden_layers} blocks of width {vision.hidden_size}, {vision.image_size} x "

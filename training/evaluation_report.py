@@ -122,6 +122,7 @@ def evaluate_to_folder(
     batch_size: int = 8,
     device: str = "cpu",
     base_model: str | None = None,
+    revision: str | None = None,
 ) -> dict:
     """
     Evaluates a model, and another one to compare with, at every size and jitter, beside the box and the ellipse.
@@ -142,6 +143,7 @@ def evaluate_to_folder(
         seed: of jitter and intervals, and of the split of data that have none: the one that the model trained with.
         device: "cpu", or any other name for what Accelerate finds.
         base_model: the SAM of the model, if that is an adapter and it is not where the adapter says.
+        revision: branch, tag or commit of the model on the Hub; not of the other one.
 
     Returns:
         What metrics.json holds; nothing in processes other than the first.
@@ -155,9 +157,9 @@ def evaluate_to_folder(
         raise ValueError(f"Expected a folder for the report, got the file {output}: name another one.")
     state = PartialState(cpu=device == "cpu")
     names = method_names(model, compare)
-    bases = {path: base_model if path == model else None for path in names.values()}
+    of_model = {"base_model_name_or_path": base_model, "revision": revision}
     pipelines = {
-        name: load_pipeline(path, state.device, base_model_name_or_path=bases[path]) for name, path in names.items()
+        name: load_pipeline(path, state.device, **(of_model if path == model else {})) for name, path in names.items()
     }
     num_classes = next(iter(pipelines.values())).model.config.num_labels
     examples = load_examples(
@@ -184,6 +186,7 @@ def evaluate_to_folder(
         return {}
     report = {
         "model": model,
+        "revision": revision,
         "weights": weights_hash(model),
         "compare": compare,
         "data": data,

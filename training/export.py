@@ -24,7 +24,13 @@ TOLERANCE = 1e-3  # of logits, between torch and onnxruntime
 
 
 def export_to_folder(
-    model: str, output: Path, *, file_format: str = "onnx", int8: bool = False, base_model: str | None = None
+    model: str,
+    output: Path,
+    *,
+    file_format: str = "onnx",
+    int8: bool = False,
+    base_model: str | None = None,
+    revision: str | None = None,
 ) -> float:
     """
     Writes `encoder`, `prompt` and `field`, as .onnx or .pt2, and `export.json`, which says how images are prepared,
@@ -37,6 +43,7 @@ def export_to_folder(
         int8: the encoder's matrix products in 8-bit integers, dynamically quantised, for CPUs: smaller and faster, and
             less exact (`benchmarks/onnx_export.py`).
         base_model: the SAM of an adapter, if it is not where the adapter says.
+        revision: branch, tag or commit of the model on the Hub.
 
     Returns:
         The largest difference of a logit to the model's.
@@ -47,7 +54,7 @@ def export_to_folder(
     """
     if int8 and file_format != "onnx":
         raise ValueError(f"Expected int8 with the onnx format, got {file_format}: leave it out.")
-    pipeline = load_pipeline(model, base_model_name_or_path=base_model)
+    pipeline = load_pipeline(model, base_model_name_or_path=base_model, revision=revision)
     check_exportable(pipeline)
     network = pipeline.model.float().requires_grad_(False)
     inputs = example_inputs(network)
