@@ -104,7 +104,7 @@ class AdaptedSam(SamPreTrainedModel):
         active = self.active_adapters()[0] if others else name
         other = self.config
         place = {**(kwargs.pop("adapter_kwargs", None) or {}), **only_finding(kwargs)}
-        kwargs = {key: value for key, value in kwargs.items() if key not in place}
+        kwargs = {**{key: value for key, value in kwargs.items() if key not in place}, "adapter_kwargs": place}
         if peft_model_id is not None:
             if os.path.isdir(peft_model_id):
                 peft_model_id = os.path.join(peft_model_id, place.pop("subfolder", ""))
@@ -118,7 +118,7 @@ class AdaptedSam(SamPreTrainedModel):
                     )
         try:
             with refuse_damaged(str(peft_model_id)), self._copying_decoder_of(other), _unsurprised():
-                info = super().load_adapter(peft_model_id, adapter_name, *args, adapter_kwargs=place, **kwargs)
+                info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
             # transformers counts other adapters' parameters as missing too.
             missing = [key for key in info.missing_and_mismatched() if _adapter_of(key) == name]
             if missing or info.unexpected_keys:
