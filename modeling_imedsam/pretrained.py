@@ -121,6 +121,10 @@ class IMedSamPreTrainedModel(AdaptedSam):
                         f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}: copy or download it again, "
                         "with the config.json that belongs to it, and change no value that adds parts."
                     )
+        if has_adapter:  # whose own values were taken
+            for key in {"id2label", "monte_carlo_samples"} & kwargs.keys():
+                setattr(model.config, key, kwargs[key])
+            model.set_adapter(model.active_adapters()[0])
         model.set_trainable()
         return model.eval()
 

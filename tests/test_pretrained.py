@@ -196,9 +196,11 @@ def test_of_sam_vit_base_an_adapter_is_small(tmp_path):
 def test_an_adapter_takes_the_arguments_that_a_whole_model_takes(model, inputs, tmp_path):
     model.save_adapter(tmp_path / "adapter")
     model.save_pretrained(tmp_path / "whole")
-    values = {"uncertainty": "monte_carlo", "monte_carlo_samples": 3}
+    values = {"uncertainty": "monte_carlo", "monte_carlo_samples": 3, "id2label": {0: "polyp"}}
     alone, whole = (IMedSamModel.from_pretrained(tmp_path / kind, **values) for kind in ("adapter", "whole"))
     assert alone.config.uncertainty == whole.config.uncertainty == "monte_carlo"
+    assert alone.config.monte_carlo_samples == whole.config.monte_carlo_samples == 3
+    assert alone.config.label2id == whole.config.label2id == {"polyp": 0}
     assert torch.equal(alone(**inputs).uncertainty, whole(**inputs).uncertainty)
     assert not torch.equal(alone(**inputs).uncertainty, model(**inputs).uncertainty)
     for kind in ("adapter", "whole"):
