@@ -1,5 +1,6 @@
-"""Segmentation losses on points or pixels, with weights for points that stand for unequal areas."""
+"""Segmentation losses on points or pixels, with weights for points that stand for unequal areas, and of spectra."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,3 +37,40 @@ def dice_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, smo
     overlap = (area * probabilities * labels).sum(dim=-1)
     total = (area * probabilities).sum(dim=-1) + (area * labels).sum(dim=-1)
     return 1 - (2 * overlap + smooth) / (total + smooth)
+
+
+def spectral_correlation_loss(
+    logits: Tensor, labels: Tensor, log_amplitude: bool = False, smooth: float = 1e-6
+) -> Tensor:
+    """
+    1 - r, the correlation of the amplitude spectra of prediction and target over all frequencies, after the spectral
+    objective of arXiv:2401.10373, whose formula is not published: this one is ours. It depends on the masks alone, so
+    any model on a grid can be trained with it.
+
+    Amplitudes say how much of a mask is coarse or fine, and at which angle, not where: shifted around the grid's edges
+    a mask has the same ones. So this is to be added to a loss that sees places.
+
+    Lemma (Parseval): with complex coefficients instead of amplitudes, but for that of frequency 0, r would be
+    Pearson's correlation of the masks' pixels, and the transform would add nothing.
+
+    Args:
+        logits: (..., H, W).
+        labels: (..., H, W), 0 or 1.
+        log_amplitude: of log(1 + amplitude), in which the middle and high frequencies count for more.
+        smooth: added to the means of products, so that an empty mask is like another one.
+
+    Returns:
+        (...,), in [0, 2]: 0 for equal masks, near 1 where one of the two is empty.
+    """
+    predicted, expected = (_amplitudes(mask, log_amplitude) for mask in (logits.sigmoid(), labels))
+    covariance = (predicted * expected).mean(dim=-1) + smooth
+    variances = (predicted.square().mean(dim=-1) + smooth) * (expected.square().mean(dim=-1) + smooth)
+    return 1 - covariance / variances.sqrt()
+
+
+def _amplitudes(masks: Tensor, log_amplitude: bool) -> Tensor:
+    """Of masks (..., H, W), over all frequencies, the mean taken off, (..., H W); in float32: half has no FFT."""
+    amplitudes = torch.fft.fft2(masks.float(), norm="ortho").abs().flatten(-2)
+    if log_amplitude:
+        amplitudes = amplitudes.log1p()
+    return amplitudes - amplitudes.mean(dim=-1, keepdim=True)

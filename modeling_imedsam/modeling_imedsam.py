@@ -13,7 +13,7 @@ from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.frequency import FrequencyBranch, FrequencyView
 from imedsam.image_encoder import IMedSamVisionEncoder
 from imedsam.implicit_decoder import ImplicitDecoder, normalise
-from imedsam.losses import segmentation_loss
+from imedsam.losses import segmentation_loss, spectral_correlation_loss
 from imedsam.mask_field import FieldValues, ImplicitMaskField, InterpolatedMaskField, MaskField
 from imedsam.pretrained import IMedSamPreTrainedModel
 from imedsam.prompt_fusion import PromptEncoder, PromptFusion, Prompts
@@ -92,6 +92,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
         point_weights: Tensor | None = None,
         num_points: int | None = None,
         coarse_loss_weight: float = 0.5,
+        spectral_loss_weight: float = 0.0,
         original_sizes: Tensor | None = None,
     ) -> IMedSamOutput:
         """
@@ -113,6 +114,8 @@ class IMedSamModel(IMedSamPreTrainedModel):
                 [`~imedsam.uncertainty.draw_uncertain`]); areas and, if they are given, weights take account of it:
                 with weights, such as ones for a grid, the cross entropy is unbiased.
             coarse_loss_weight: weight of the coarse field's loss; the merged output's has the rest.
+            spectral_loss_weight: adds this times [`~imedsam.losses.spectral_correlation_loss`] of the merged output,
+                which takes all labels of a grid.
             original_sizes: not used; what the processor returns can be passed as it is.
         """
         if pixel_values is not None and image_embeddings is None:
@@ -135,10 +138,21 @@ class IMedSamModel(IMedSamPreTrainedModel):
             )
         output: dict[str, Tensor] = {}
         if labels is not None:
+            grid = labels.shape[-2:]
+            if spectral_loss_weight and (coordinates is not None or num_points is not None):
+                raise ValueError(
+                    "Expected labels on a grid, without coordinates and num_points, for a spectral loss, got points: "
+                    "they have no spectrum."
+                )
             values, labels, point_weights = self._values_at_labels(
                 field, coordinates, labels, point_areas, point_weights, num_points
             )
-            output["loss"] = _mean_loss(values, labels, point_weights, coarse_loss_weight, prompt_attention_mask)
+            loss = _loss_of_prompts(values, labels, point_weights, coarse_loss_weight)
+            if spectral_loss_weight:
+                masks = (values.logits[:, :, 0], labels)
+                spectral = spectral_correlation_loss(*(mask.unflatten(-1, grid) for mask in masks))
+                loss = loss + spectral_loss_weight * spectral
+            output["loss"] = _mean_over_prompts(loss, prompt_attention_mask)
             output["point_logits"] = values.logits
         elif coordinates is not None:
             output["point_logits"], _ = field(coordinates)
@@ -306,20 +320,20 @@ class IMedSamModel(IMedSamPreTrainedModel):
             )
 
 
-def _mean_loss(
-    values: FieldValues,
-    labels: Tensor,
-    point_weights: Tensor | None,
-    coarse_loss_weight: float,
-    prompt_attention_mask: Tensor | None,
+def _loss_of_prompts(
+    values: FieldValues, labels: Tensor, point_weights: Tensor | None, coarse_loss_weight: float
 ) -> Tensor:
-    """
-    The mean over the images of the mean over each image's prompts, so that it does not matter how images are spread
-    over processes and accumulation steps of one size.
-    """
+    """(B, P)."""
     labels = labels.to(values.logits.dtype)
     coarse = segmentation_loss(values.coarse_logits[:, :, 0], labels, point_weights)
     merged = segmentation_loss(values.logits[:, :, 0], labels, point_weights)
-    loss = coarse_loss_weight * coarse + (1 - coarse_loss_weight) * merged
+    return coarse_loss_weight * coarse + (1 - coarse_loss_weight) * merged
+
+
+def _mean_over_prompts(loss: Tensor, prompt_attention_mask: Tensor | None) -> Tensor:
+    """
+    The mean over the images of the mean over each image's prompts, (B, P) -> (), so that it does not matter how images
+    are spread over processes and accumulation steps of one size.
+    """
     present = torch.ones_like(loss) if prompt_attention_mask is None else prompt_attention_mask.to(loss.dtype)
     return ((loss * present).sum(dim=1) / present.sum(dim=1).clamp_min(1)).mean()

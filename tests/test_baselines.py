@@ -395,6 +395,19 @@ def test_every_method_learns_an_image_by_heart(run, method):
 
 
 @pytest.mark.parametrize("method", ["unet", pytest.param("convolutional", marks=pytest.mark.slow)])
+def test_the_spectral_objective_trains_any_model(run, method):
+    """Its loss is higher by what the objective adds, and other weights come out."""
+    flags = "--num_train_epochs 1 --num_train_images 2 --supervision dense --label_size 32".split()
+    plain, spectral = (
+        run(method, *flags, "--spectral_weight", weight, name=f"weight{weight}") for weight in ("0", "0.5")
+    )
+    losses = [read(folder)["history"][0]["loss"] for folder in (plain, spectral)]
+    assert losses[0] < losses[1] <= losses[0] + 1
+    weights = [load_model(folder).state_dict() for folder in (plain, spectral)]
+    assert any((weights[0][key] != weights[1][key]).any() for key in weights[0])
+
+
+@pytest.mark.parametrize("method", ["unet", pytest.param("convolutional", marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_with_the_same_weights(run, monkeypatch, method):
     flags = "--num_train_epochs 2 --num_train_images 2 --per_device_train_batch_size 1 --learning_rate 3e-3".split()
     flags += ["--ema_decay", "0.5"]

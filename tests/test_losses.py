@@ -3,11 +3,13 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import pearsonr
 from torch.testing import assert_close
 
-from imedsam.losses import cross_entropy_loss, dice_loss, segmentation_loss
+from imedsam.losses import cross_entropy_loss, dice_loss, segmentation_loss, spectral_correlation_loss
 
 with warnings.catch_warnings():  # of libraries that MONAI imports
     warnings.simplefilter("ignore")
@@ -74,3 +76,77 @@ def test_by_hand():
     logits, labels = torch.tensor([0.0, math.log(3.0)]), torch.tensor([0.0, 1.0])  # probabilities 1/2 and 3/4
     assert cross_entropy_loss(logits, labels).item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
     assert dice_loss(logits, labels).item() == pytest.approx(1 - 2 * 0.75 / (1.25 + 1), abs=1e-5)
+
+
+# Spectra
+
+
+@pytest.fixture
+def masks():
+    """Two different ones, as probabilities of 0 and 1."""
+    rows, columns = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing="ij")
+    disk = ((rows - 10) ** 2 + (columns - 12) ** 2 < 36).float()
+    return disk, ((rows - 14).abs() + (columns - 18).abs() < 9).float()
+
+
+def logits_of(mask):
+    return (1000 * (mask - 0.5)).requires_grad_()
+
+
+@pytest.mark.parametrize("log_amplitude", [False, True])
+def test_the_spectral_loss_from_its_definition(masks, log_amplitude):
+    """By NumPy's transform and SciPy's correlation."""
+    a, b = (np.abs(np.fft.fft2(mask.numpy(), norm="ortho")).ravel() for mask in masks)
+    if log_amplitude:
+        a, b = np.log1p(a), np.log1p(b)
+    expected = 1 - pearsonr(a, b).statistic
+    assert 0.01 < expected < 1
+    loss = spectral_correlation_loss(logits_of(masks[0]), masks[1], log_amplitude)
+    assert_close(loss.item(), float(expected), atol=1e-4, rtol=0)
+
+
+def test_spectra_of_equal_and_of_empty_masks(masks):
+    mask, empty = masks[0], torch.zeros_like(masks[0])
+    for same in (mask, empty, torch.ones_like(mask)):
+        assert abs(spectral_correlation_loss(logits_of(same), same)) < 1e-5
+    for one, other in ((mask, empty), (empty, mask)):
+        assert 0.99 < spectral_correlation_loss(logits_of(one), other) <= 1
+
+
+def test_the_spectral_loss_is_bounded():
+    generator = torch.Generator().manual_seed(0)
+    logits = 20 * torch.randn(50, 8, 8, generator=generator)
+    loss = spectral_correlation_loss(logits, (torch.rand(50, 8, 8, generator=generator) > 0.5).float())
+    assert loss.shape == (50,) and loss.min() >= 0 and loss.max() <= 2 and loss.std() > 0.05
+
+
+def test_spectra_see_no_shift_and_no_scale(masks):
+    mask, other = masks
+    expected = spectral_correlation_loss(logits_of(mask), other)
+    shifted = spectral_correlation_loss(logits_of(mask.roll((3, -5), dims=(-2, -1))), other)
+    assert_close(shifted, expected, atol=1e-5, rtol=0)
+    half = torch.where(mask > 0, 0.0, -1000.0)  # a probability of 0.5
+    assert_close(spectral_correlation_loss(half, other), expected, atol=1e-4, rtol=0)
+    assert spectral_correlation_loss(half, mask) < 1e-4
+
+
+def test_complex_coefficients_would_add_nothing(masks):
+    """The lemma of the docstring: without amplitudes it is Pearson's correlation of the pixels."""
+    a, b = (torch.fft.fft2(mask, norm="ortho").flatten()[1:] for mask in masks)
+    r = (a * b.conj()).sum().real / (a.abs().square().sum() * b.abs().square().sum()).sqrt()
+    expected = pearsonr(*(mask.flatten().numpy() for mask in masks)).statistic
+    assert r.item() == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_gradients_of_spectra_are_finite_and_lead_down(masks):
+    logits = torch.zeros(4, 24, 32)
+    logits[1] = -1000
+    logits[2] = masks[1] - 0.5
+    logits[3] = 1000 * (masks[0] - 0.5)
+    logits.requires_grad_()
+    loss = spectral_correlation_loss(logits, masks[0].expand(4, -1, -1))
+    loss.sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad[2].abs().max() > 0
+    with torch.no_grad():
+        lower = spectral_correlation_loss(logits - 5 * logits.grad, masks[0].expand(4, -1, -1))
+    assert lower[2] < loss[2]

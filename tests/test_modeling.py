@@ -11,7 +11,7 @@ from transformers import AutoModel
 import imedsam.modeling_imedsam
 import imedsam.prompt_fusion
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
-from imedsam.losses import segmentation_loss
+from imedsam.losses import segmentation_loss, spectral_correlation_loss
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.tiles import pixel_centres
 
@@ -347,6 +347,25 @@ def test_the_loss_is_a_mean_over_images_of_means_over_prompts(model, inputs):
             **inputs, coordinates=points, labels=labels, coarse_loss_weight=weight, prompt_attention_mask=mask
         )
         assert_close(masked.loss, ((loss[0, 0] + loss[0, 1]) / 2 + loss[1, 0]) / 2)
+
+
+@torch.no_grad()
+def test_the_spectral_loss_is_added_prompt_by_prompt(model, inputs):
+    labels = (torch.rand(2, 2, 12, 16, generator=torch.Generator().manual_seed(0)) > 0.5).long()
+    plain = model(**inputs, labels=labels)
+    spectral = spectral_correlation_loss(plain.point_logits[:, :, 0].unflatten(-1, (12, 16)), labels)
+    assert spectral.shape == (2, 2) and spectral.min() > 1e-2
+    output = model(**inputs, labels=labels, spectral_loss_weight=0.5)
+    assert_close(output.loss, plain.loss + 0.5 * spectral.mean())
+    mask = torch.tensor([[True, True], [True, False]])
+    masked, plain = (
+        model(**inputs, labels=labels, prompt_attention_mask=mask, spectral_loss_weight=w).loss for w in (1, 0)
+    )
+    assert_close(masked - plain, ((spectral[0, 0] + spectral[0, 1]) / 2 + spectral[1, 0]) / 2)
+    points = torch.zeros(2, 2, 30, 2)
+    for given in ({"coordinates": points, "labels": points[..., 0]}, {"labels": labels, "num_points": 10}):
+        with pytest.raises(ValueError, match="Expected labels on a grid, without coordinates and num_points"):
+            model(**inputs, **given, spectral_loss_weight=0.5)
 
 
 @pytest.mark.parametrize("train", [False, True])

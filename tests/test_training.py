@@ -512,6 +512,7 @@ def test_config_flags(sam_folder, capsys):
         ("--box_jitter 0.9", r"Expected a number in \[0, 0.5\), got '0.9'"),
         ("--num_candidates 10", "argument --num_candidates: Expected at least --num_points = 200, got 10"),
         ("--num_candidates 300 --supervision dense", "Expected --supervision points, got dense"),
+        ("--spectral_weight 0.5", "argument --spectral_weight: Expected --supervision dense, got points"),
         ("--boundary_share 0.6", "argument --boundary_share: Expected at most 1 - uniform_share = 0.5, got 0.6"),
         ("--ema_decay 1", r"Expected a number in \[0, 1\), got '1'"),
         ("--config num_labels=2", "num_labels follows from the data"),

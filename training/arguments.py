@@ -68,6 +68,12 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--boundary_share", type=share, default=0.0, help="Share of them from near the object's boundary.")
     add("--point_weighting", choices=("importance", "none"), default="importance")
     add("--supervision", choices=("points", "dense"), default="points")
+    add(
+        "--spectral_weight",
+        type=not_negative,
+        default=0.0,
+        help="Of the correlation of the masks' amplitude spectra in the loss, such as 0.5; with --supervision dense.",
+    )
     add("--label_size", type=positive_int, help="Side of the dense labels; the model's square by default.")
     add("--box_jitter", type=less_than_half, default=0.1, help="Largest move of a box's side, as a share of the box.")
     add("--augmentation", choices=STRENGTHS, default="strong")
@@ -137,6 +143,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
             f"argument --boundary_share: Expected at most 1 - uniform_share = {1 - args.uniform_share:g}, got "
             f"{args.boundary_share:g}"
         )
+    if args.spectral_weight and args.supervision == "points":
+        parser.error("argument --spectral_weight: Expected --supervision dense, got points: they have no spectrum")
     if args.num_candidates is not None and args.supervision == "dense":
         parser.error("argument --num_candidates: Expected --supervision points, got dense: it supervises every pixel")
     if args.num_candidates is not None and args.num_candidates < args.num_points:

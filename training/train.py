@@ -155,14 +155,16 @@ def train_epoch(accelerator, model, train_loader, optimizer, scheduler, average,
     loader = skip_first_batches(train_loader, state.batch) if state.batch else train_loader
     loader.set_epoch(state.epoch)  # older releases of Accelerate begin again with 0 after skipping
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    num_points = args.num_points if args.num_candidates else None
+    options = {"spectral_loss_weight": args.spectral_weight}
+    if args.num_candidates:
+        options["num_points"] = args.num_points
     started_at = time.perf_counter()
     for batch in loader:
         del batch["original_sizes"]
         seed_step(args.seed, state.epoch, state.batch, accelerator.process_index)
         weight = get_coarse_loss_weight(args, state.epoch, state.batch, len(train_loader))
         with accelerator.accumulate(model):
-            loss = model(**batch, num_points=num_points, coarse_loss_weight=weight).loss
+            loss = model(**batch, coarse_loss_weight=weight, **options).loss
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
