@@ -13,6 +13,8 @@ from imedsam.training.data import (
     boundary_band,
     collate_prompts,
     dense_labels,
+    draw_click,
+    innermost_click,
     jitter_box,
     labels_at,
     model_coordinates,
@@ -164,6 +166,60 @@ def test_boxes_and_classes_of_label_maps(label_folder):
     assert examples.id2label == {0: "organ", 1: "lesion"}
 
 
+def test_clicks_are_drawn_uniformly_from_the_object():
+    mask = np.zeros((6, 9), bool)
+    mask[1:3, 2:7], mask[5, 8] = True, True
+    rng = np.random.default_rng(0)
+    clicks = np.stack([draw_click(mask, rng) for _ in range(6000)])
+    assert labels_at([mask], clicks[None]).all()
+    counts = np.zeros(mask.shape)
+    np.add.at(counts, tuple(clicks.astype(int)[:, ::-1].T), 1)
+    np.testing.assert_allclose(counts[mask] / len(clicks), 1 / 11, atol=0.015)
+    within = clicks - np.floor(clicks)
+    np.testing.assert_allclose(within.mean(axis=0), 0.5, atol=0.02)
+    np.testing.assert_allclose(within.std(axis=0), 12**-0.5, atol=0.02)
+
+
+def test_the_innermost_pixel_by_hand():
+    mask = np.zeros((9, 12), bool)
+    mask[2:7, 1:6] = True
+    assert innermost_click(mask).tolist() == [3.5, 4.5]
+    mask[2:7, 6] = True  # two columns are as far inside
+    assert innermost_click(mask).tolist() == [3.5, 4.5]
+    mask[:, 8:] = True  # larger, but the image ends there
+    assert innermost_click(mask).tolist() == [3.5, 4.5]
+    assert innermost_click(np.ones((3, 5), bool)).tolist() == [1.5, 1.5]
+    mask = np.zeros((4, 6), bool)
+    mask[3, 5] = True
+    assert innermost_click(mask).tolist() == [5.5, 3.5]
+
+
+def test_clicks_of_label_maps(label_folder, processor):
+    examples = load_examples(str(label_folder), "train")
+    options = {"augmentation": "none", "num_points": 400, "uniform_share": 0.0}
+    dataset = PromptedSegmentationDataset(examples, processor, prompt="click", **options)
+    item, mask = dataset[1], examples[1]["mask"]
+    assert item["input_points"].shape == (2, 1, 2) and item["input_labels"].tolist() == [[1], [1]]
+    assert "input_boxes" not in item and item["class_labels"].tolist() == [0, 1]
+    scale = np.array(mask.shape[::-1]) / item["reshaped_input_sizes"].numpy()[::-1]
+    clicks = item["input_points"].double().numpy() * scale
+    assert labels_at([mask == 1, mask == 2], clicks).all()
+    exact = PromptedSegmentationDataset(examples, processor, box_jitter=0, **options)[1]
+    for key in ("coordinates", "point_areas"):  # around the object's own box
+        for edge in (torch.amin, torch.amax):
+            torch.testing.assert_close(edge(item[key], dim=1), edge(exact[key], dim=1), atol=0.05, rtol=0)
+    assert_equal_items(dataset[1], item)
+    dataset.set_epoch(1)
+    assert not torch.equal(dataset[1]["input_points"], item["input_points"])
+    loose = PromptedSegmentationDataset(examples, processor, prompt="click", box_jitter=0.4, **options)
+    dataset.set_epoch(0)
+    assert_equal_items(loose[1], item)
+    batch = collate_prompts([dataset[0], item])
+    assert batch["input_points"].shape == (2, 2, 1, 2) and batch["input_labels"].tolist() == [[[1], [1]], [[1], [1]]]
+    assert torch.equal(batch["input_points"][0, 0], batch["input_points"][0, 1])
+    assert batch["prompt_attention_mask"].tolist() == [[True, False], [True, True]]
+
+
 def test_large_images_are_shrunk_and_labels_are_not(tmp_path, processor):
     folder = write_folder(tmp_path / "large", [disk(300, 205, 100, 150, 40)] * 5)
     examples = load_examples(str(folder), "train")
@@ -299,6 +355,7 @@ def test_wrong_options_are_refused(folder):
     for name, value in {
         "uniform_share": 1.5,
         "box_jitter": 0.5,
+        "prompt": "scribble",
         "point_weighting": "some",
         "supervision": "all",
         "augmentation": "wild",

@@ -134,6 +134,22 @@ def test_the_numbers_are_those_of_evaluate_masks(report, models, data):
 
 
 @pytest.mark.slow
+def test_a_click_for_each_object(models, data, tmp_path):
+    result = evaluate("--model", models[0], "--data", data, "-o", tmp_path, "--prompt", "click", "--num-images", 2)
+    assert result.exit_code == 0 and "native size, a click each" in result.output
+    content = strictly(tmp_path / "metrics.json")
+    pipeline, examples = evaluation_report.load_pipeline(str(models[0]), "cpu"), load_examples(str(data), "test")
+    options = {"prompt": "click", "indices": [0, 1], "progress": False}
+    table = evaluate_masks(pipeline.model, pipeline.processor, examples, **options)
+    assert content["prompt"] == "click"
+    methods = content["settings"][0]["methods"]
+    assert methods["model-0"]["mean"]["dice"] == pytest.approx(table.mean()["dice"])
+    floors = floor_metrics(examples, [0, 1])
+    assert methods["filled box"]["mean"]["dice"] == pytest.approx(floors["filled box"].mean()["dice"])
+    assert "prompted with a click per object" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.slow
 def test_curves(report):
     setting = strictly(report / "metrics.json")["settings"][0]
     assert "retention" not in setting["methods"]["filled box"]
@@ -286,6 +302,8 @@ def test_names_of_methods(tmp_path):
         ("--split holdout", "Expected split to be one of train, validation, test, all, got 'holdout'"),
         ("--tolerance -1", "must be a distance from 0 on"),
         ("--num-images 0", "Expected num_images of 1 or more"),
+        ("--prompt click --box-jitter 0,0.1", "Expected no box jitter with clicks, got 0.1: leave one of them out"),
+        ("--prompt scribble", "'scribble' is not one of 'box', 'click'"),
         ("--mode fast", "'fast' is not one of 'exact', 'adaptive'"),
         ("--spacing 0 1", "Expected --spacing as a positive width and height, got (0.0, 1.0)"),
         ("--compare /no/model", "Expected --compare to be a folder or a name on the Hub such as user/model, got '/no"),

@@ -426,6 +426,20 @@ def test_dense_supervision_and_other_configurations(run):
     assert list((output / "imedsam").rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize("supervision", ["points", "dense"])
+def test_training_with_clicks(run, supervision):
+    flags = "--max_train_steps 2 --do_test --num_train_images 4 --label_size 16 --prompt click".split()
+    folder = run(*flags, "--supervision", supervision)
+    report = read(folder)
+    assert report["arguments"]["prompt"] == "click" and "validation_jittered" not in report
+    examples = load_examples("phantoms", "test", num_images=report["num_images"]["test"], image_size=64)
+    model, processor = IMedSamModel.from_pretrained(folder), IMedSamProcessor.from_pretrained(folder)
+    table = evaluate_masks(model, processor, examples, mode=None, prompt="click", progress=False)
+    assert table.mean()["dice"] == pytest.approx(report["test"]["dice"])
+    card = (folder / "README.md").read_text()
+    assert "an image and a click per object" in card and "input_points=[[[29, 28]]]" in card
+
+
 def test_training_goes_on_from_an_imedsam_checkpoint(run, trained, sam_folder, label_folder):
     flags = "--max_train_steps 1 --num_train_images 2 --num_eval_images 1 --dataset_name phantoms --phantom_size 64"
     flags = [*flags.split(), "--model_name_or_path", str(trained), "--output_dir", str(trained.with_name("more"))]
@@ -648,6 +662,35 @@ def test_evaluation_at_another_size_and_with_jittered_boxes(label_maps):
     )
     assert [row["dice"] for row in floor.rows] == pytest.approx([row["dice"] for row in model.rows], abs=0.02)
     assert set(floor.mean()) == set(model.mean()) == set(OVERLAP_METRICS)
+
+
+class DiskModel(BoxModel):
+    """A disk of a tenth of the square's side around each click."""
+
+    def get_mask_field(self, embeddings, input_points, input_labels, class_labels, reshaped_input_sizes=None):
+        assert (input_labels == 1).all()
+        side, points = embeddings.shape[-1], input_points[:, :, 0]
+        return BoxField(torch.cat([points - side / 10, points + side / 10], dim=-1), side)
+
+
+@pytest.mark.parametrize("output_size", [None, 100])
+def test_evaluation_with_clicks(label_maps, output_size):
+    processor = IMedSamProcessor(IMedSamImageProcessor(size=96))
+    options = {"output_size": output_size, "prompt": "click", "progress": False}
+    _, (organ, lesion) = get_objects(label_maps, 0, output_size, prompt="click")
+    scale = 1 if output_size is None else np.array([100 / 70, 100 / 50])
+    assert organ.prompt is organ.click and lesion.click.tolist() == pytest.approx(np.array([50.5, 12.5]) * scale)
+    boxes = [prompted.box.tolist() for prompted in get_objects(label_maps, 0, output_size)[1]]
+    assert [organ.box.tolist(), lesion.box.tolist()] == boxes
+    tables = [evaluate_masks(DiskModel(), processor, label_maps, batch_size=size, **options) for size in (1, 3)]
+    assert tables[0].rows == tables[1].rows and len(tables[0].rows) == 3
+    jittered = evaluate_masks(DiskModel(), processor, label_maps, box_jitter=0.3, seed=1, **options)
+    assert jittered.rows == tables[0].rows
+    found = list(predict_objects(DiskModel(), processor, label_maps, **options))
+    for prompted, prediction in found:
+        assert prediction.mask[tuple(prompted.click.astype(int)[::-1])]
+    with pytest.raises(ValueError, match='Expected prompt "box" or "click", got \'scribble\''):
+        get_objects(label_maps, 0, prompt="scribble")
 
 
 def test_distances_in_millimetres(label_maps):

@@ -10,6 +10,7 @@ from transformers import SchedulerType
 from imedsam.processing.image_processing_imedsam import RESIZE_MODES
 from imedsam.training.augmentation import STRENGTHS
 from imedsam.training.baselines import METHODS
+from imedsam.training.data import PROMPTS
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
@@ -53,6 +54,12 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         metavar="KEY=VALUE",
         help="Values of the model's configuration (IMedSamConfig), as JSON.",
     )
+    add(
+        "--prompt",
+        choices=PROMPTS,
+        default="box",
+        help="A box per object, or a click, drawn from its pixels to train and in its middle to evaluate.",
+    )
     add("--num_points", type=positive_int, default=4096, help="Supervised points per prompt.")
     add(
         "--num_candidates",
@@ -75,7 +82,12 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         help="Of the correlation of the masks' amplitude spectra in the loss, such as 0.5; with --supervision dense.",
     )
     add("--label_size", type=positive_int, help="Side of the dense labels; the model's square by default.")
-    add("--box_jitter", type=less_than_half, default=0.1, help="Largest move of a box's side, as a share of the box.")
+    add(
+        "--box_jitter",
+        type=less_than_half,
+        default=0.1,
+        help="Largest move of a box's side, as a share of the box; not with --prompt click.",
+    )
     add("--augmentation", choices=STRENGTHS, default="strong")
     add("--copy_paste", type=share, default=0.0, help="Share of the images that get another image's objects too.")
     add("--per_device_train_batch_size", type=positive_int, default=4)

@@ -173,6 +173,9 @@ def evaluate(
     tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in millimetres or pixels.")] = 1.0,
     compare: Annotated[str | None, typer.Option(help="Folder or Hub name of another model.")] = None,
     mode: Annotated[Mode, typer.Option(help="Evaluate all pixels, or only near boundaries: faster.")] = "exact",
+    prompt: Annotated[
+        Literal["box", "click"], typer.Option(help="Of each object: its box, or a click in its middle.")
+    ] = "box",
     num_images: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images encoded at once.", min=1)] = 8,
     seed: Annotated[
@@ -204,6 +207,7 @@ def evaluate(
             tolerance=tolerance,
             compare=compare,
             mode=mode,
+            prompt=prompt,
             num_images=num_images,
             seed=seed,
             batch_size=batch_size,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from PIL import Image
-from scipy.ndimage import maximum_filter, minimum_filter
+from scipy.ndimage import distance_transform_edt, maximum_filter, minimum_filter
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -13,6 +13,7 @@ from imedsam.training.augmentation import Augmentation, copy_paste
 from imedsam.training.examples import Examples, label_values
 from imedsam.training.metrics import box_from_mask
 
+PROMPTS = ("box", "click")
 # The points that are not drawn from the whole image are drawn from the prompt's box with its sides this much longer.
 BOX_GROWTH = 0.3
 # Pasted objects are shrunk to this share of their size at most.
@@ -23,20 +24,22 @@ BAND = 0.02
 
 class PromptedSegmentationDataset(Dataset):
     """
-    Training items: an augmented image, a box per object and the points that supervise the field. An item depends on
-    (seed, epoch, index) alone, so neither workers nor processes nor a resumed run change it.
+    Training items: an augmented image, a box or a click per object and the points that supervise the field. An item
+    depends on (seed, epoch, index) alone, so neither workers nor processes nor a resumed run change it.
 
     A binary mask gives one prompt, a label map one per class present, with `class_labels` = label - 1.
 
     Args:
         examples: the images and masks; none of the masks may be empty (see `without_empty_masks`).
         processor: an `IMedSamProcessor`.
+        prompt: "box", or "click": a point drawn uniformly from the object.
         num_points: N, points per prompt.
         uniform_share: share of the points drawn from the whole image, in [0, 1].
-        boundary_share: share drawn from near the object's boundary; what is left comes from the prompt's box grown by
-            30 %.
+        boundary_share: share drawn from near the object's boundary; what is left comes from the box grown by 30 %: the
+            prompt, or with clicks the object's own.
         point_weighting: "importance" (weights undo the sampling: weighted means are means over the image) or "none".
         box_jitter: each side of a box moves by up to this share of the box's width or height, in or out; in [0, 0.5).
+            Not of clicks.
         augmentation: "none", "light" or "strong".
         copy_paste: probability, in [0, 1], that the objects of another image are pasted onto an image.
         supervision: "points", or "dense": labels at the pixel centres of a `label_size` square over `pixel_values`.
@@ -47,6 +50,7 @@ class PromptedSegmentationDataset(Dataset):
         examples: Examples,
         processor,
         *,
+        prompt: str = "box",
         num_points: int = 4096,
         uniform_share: float = 0.5,
         boundary_share: float = 0.0,
@@ -58,6 +62,7 @@ class PromptedSegmentationDataset(Dataset):
         label_size: int = 384,
         seed: int = 0,
     ):
+        check_prompt(prompt)
         if not 0 <= uniform_share <= 1:
             raise ValueError(f"Expected uniform_share in [0, 1], got {uniform_share}.")
         if boundary_share < 0 or uniform_share + boundary_share > 1:
@@ -76,6 +81,7 @@ class PromptedSegmentationDataset(Dataset):
             raise ValueError(f'Expected supervision "points" or "dense", got {supervision!r}.')
         self.examples = examples
         self.processor = processor
+        self.prompt = prompt
         self.num_points = num_points
         self.uniform_share = uniform_share
         self.boundary_share = boundary_share
@@ -99,9 +105,9 @@ class PromptedSegmentationDataset(Dataset):
         """
         Returns:
             What the model takes for one image of P prompts, without the batch's axis: the processor's `pixel_values`,
-            `input_boxes`, `class_labels`, ..., and `coordinates` (P, N, 2) (x, y) in model coordinates with `labels`,
-            `point_areas` and, with importance weighting, `point_weights` (P, N), or `labels`
-            (P, label_size, label_size).
+            `input_boxes` or `input_points`, `class_labels`, ..., and `coordinates` (P, N, 2) (x, y) in model
+            coordinates with `labels`, `point_areas` and, with importance weighting, `point_weights` (P, N), or
+            `labels` (P, label_size, label_size).
         """
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
         image, mask = self._augmented(index, rng)
@@ -111,8 +117,10 @@ class PromptedSegmentationDataset(Dataset):
             x, y = (1 - scale) * rng.random(2)
             image, mask = copy_paste(image, mask, other_image, other_mask, scale, corner=(x, y))
         classes, masks = split_by_class(mask)
-        boxes = np.stack([jitter_box(box_from_mask(m), self.box_jitter, mask.shape, rng) for m in masks])
-        item = encode(self.processor, image, mask.shape, boxes, classes)
+        jitter = self.box_jitter if self.prompt == "box" else 0.0
+        boxes = np.stack([jitter_box(box_from_mask(m), jitter, mask.shape, rng) for m in masks])
+        prompts = boxes if self.prompt == "box" else np.stack([draw_click(m, rng) for m in masks])
+        item = encode(self.processor, image, mask.shape, prompts, classes)
         side, reshaped = item["pixel_values"].shape[-1], item["reshaped_input_sizes"].tolist()
         if self.supervision == "dense":
             return {**item, "labels": dense_labels(masks, self.label_size, side, reshaped)}
@@ -155,7 +163,7 @@ def collate_prompts(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     Stacks items of different numbers of prompts. Padded prompts repeat the item's first, with `prompt_attention_mask`
     false, labels, areas and weights 0.
     """
-    num_prompts = max(len(item["input_boxes"]) for item in items)
+    num_prompts = max(len(item["prompt_attention_mask"]) for item in items)
     return {
         key: torch.stack(
             [_pad_prompts(key, item[key], num_prompts) if key in _PER_PROMPT else item[key] for item in items]
@@ -166,6 +174,8 @@ def collate_prompts(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 _PER_PROMPT = (
     "input_boxes",
+    "input_points",
+    "input_labels",
     "class_labels",
     "prompt_attention_mask",
     "coordinates",
@@ -182,20 +192,22 @@ def _pad_prompts(key, values, num_prompts):
     return torch.cat([values, padding])
 
 
-def encode(processor, image, mask_size, boxes, classes) -> dict[str, Tensor]:
+def encode(processor, image, mask_size, prompts, classes) -> dict[str, Tensor]:
     """
     One image through the processor, without the batch's axis.
 
     Args:
         image: PIL image or array, at any resolution.
-        mask_size: (H, W) of the pixels that `boxes` (P, 4) are given in.
+        mask_size: (H, W) of the pixels that the prompts are given in.
+        prompts: boxes (P, 4), x0, y0, x1, y1, or clicks on P objects (P, 2), x, y.
         classes: P class indices.
     """
     height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
-    scale = np.array([width / mask_size[1], height / mask_size[0]] * 2)
-    inputs = processor(
-        images=[image], input_boxes=[(boxes * scale).tolist()], class_labels=[list(classes)], return_tensors="pt"
+    scaled = prompts * np.resize([width / mask_size[1], height / mask_size[0]], prompts.shape[1])
+    given = (
+        {"input_boxes": [scaled.tolist()]} if scaled.shape[1] == 4 else {"input_points": [scaled[:, None].tolist()]}
     )
+    inputs = processor(images=[image], **given, class_labels=[list(classes)], return_tensors="pt")
     return {key: value[0] for key, value in inputs.items()}
 
 
@@ -217,6 +229,27 @@ def jitter_box(box: Sequence[float], jitter: float, size: tuple[int, int], rng: 
     thin = high - low < 1
     middle = np.clip((low + high) / 2, 0.5, limit - 0.5)
     return np.concatenate([np.where(thin, middle - 0.5, low), np.where(thin, middle + 0.5, high)])
+
+
+def draw_click(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A point (x, y), in pixels, drawn uniformly from a mask (H, W) with an object."""
+    pixels = np.argwhere(mask)
+    return pixels[rng.integers(len(pixels)), ::-1] + rng.random(2)
+
+
+def innermost_click(mask: np.ndarray) -> np.ndarray:
+    """
+    The centre (x, y), in pixels, of the pixel of a mask (H, W) that is farthest from the background, which begins at
+    the image's border too; the first in row order of several.
+    """
+    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(depth.argmax(), mask.shape)
+    return np.array([column + 0.5, row + 0.5])
+
+
+def check_prompt(prompt: str) -> None:
+    if prompt not in PROMPTS:
+        raise ValueError(f'Expected prompt "box" or "click", got {prompt!r}.')
 
 
 def sample_points(

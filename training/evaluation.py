@@ -9,7 +9,7 @@ from scipy.special import expit
 from tqdm.auto import tqdm
 
 from imedsam.training.calibration import calibration_metrics
-from imedsam.training.data import collate_prompts, encode, jitter_box, split_by_class
+from imedsam.training.data import check_prompt, collate_prompts, encode, innermost_click, jitter_box, split_by_class
 from imedsam.training.examples import Examples
 from imedsam.training.metrics import (
     MetricTable,
@@ -21,6 +21,7 @@ from imedsam.training.metrics import (
 )
 
 METRIC_GROUPS = ("overlap", "surface", "calibration")
+PROMPT_INPUTS = ("input_boxes", "input_points", "input_labels", "class_labels")
 FLOORS = {"filled box": filled_box, "inscribed ellipse": inscribed_ellipse}
 
 
@@ -34,8 +35,9 @@ class PromptedObject:
         index: of the example.
         class_index: index of the class.
         target: (H, W), bool.
-        box: (4,), x0, y0, x1, y1 in pixels of the grid: the prompt.
+        box: (4,), x0, y0, x1, y1 in pixels of the grid.
         pixel: (height, width) of the grid's pixels, in the unit that distances are measured in.
+        click: (2,), x, y in pixels of the grid; None where the box is the prompt.
     """
 
     name: str
@@ -44,6 +46,12 @@ class PromptedObject:
     target: np.ndarray
     box: np.ndarray
     pixel: tuple[float, float]
+    click: np.ndarray | None = None
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """What the model is given of the object: the click (2,), or the box (4,)."""
+        return self.box if self.click is None else self.click
 
 
 @dataclass
@@ -76,6 +84,7 @@ def evaluate_masks(
     *,
     output_size: int | None = None,
     mode: str | None = "exact",
+    prompt: str = "box",
     box_jitter: float = 0.0,
     seed: int = 0,
     batch_size: int = 8,
@@ -86,14 +95,16 @@ def evaluate_masks(
     tolerance: float = 1.0,
 ) -> MetricTable:
     """
-    Prompts the model with the box of each object and compares the masks; images without an object are left out.
+    Prompts the model with the box of each object, or a click on it, and compares the masks; images without an object
+    are left out.
 
     Args:
         model: an `IMedSamModel`, evaluated in eval mode and left in the mode it was in.
         output_size: side of the square that the image is rendered and the mask sampled at (at pixel centres); by
             default each image's own size.
         mode: of rendering: "exact", "adaptive", or None for the field's default.
-        box_jitter: as in training; 0 prompts with the exact boxes.
+        prompt: "box", or "click": the centre of the object's innermost pixel.
+        box_jitter: as in training; 0 prompts with the exact boxes. Not of clicks.
         seed: of the jitter, which depends on the image's index beside it.
         batch_size: images encoded at once.
         indices: of the examples to evaluate, such as one process's share; all by default.
@@ -113,6 +124,7 @@ def evaluate_masks(
         examples,
         output_size=output_size,
         mode=mode,
+        prompt=prompt,
         box_jitter=box_jitter,
         seed=seed,
         batch_size=batch_size,
@@ -188,6 +200,7 @@ def predict_objects(
     *,
     output_size: int | None = None,
     mode: str | None = "exact",
+    prompt: str = "box",
     box_jitter: float = 0.0,
     seed: int = 0,
     batch_size: int = 8,
@@ -197,8 +210,8 @@ def predict_objects(
     spacing: tuple[float, float] | None = None,
 ) -> Iterator[tuple[PromptedObject, Prediction]]:
     """
-    What the model says about each object when prompted with its box; arguments as in `evaluate_masks`, and the
-    progress bar's `description`.
+    What the model says about each object when prompted with its box or a click; arguments as in `evaluate_masks`, and
+    the progress bar's `description`.
     """
     training = model.training
     model.eval()
@@ -207,7 +220,9 @@ def predict_objects(
         with tqdm(total=len(indices), desc=description, unit="image", disable=not progress, leave=False) as bar:
             for start in range(0, len(indices), batch_size):
                 batch = indices[start : start + batch_size]
-                read = [get_objects(examples, index, output_size, box_jitter, seed, spacing) for index in batch]
+                read = [
+                    get_objects(examples, index, output_size, box_jitter, seed, spacing, prompt) for index in batch
+                ]
                 shown = [(image, objects) for image, objects in read if objects]
                 if shown:
                     yield from _predict_batch(model, processor, shown, mode)
@@ -223,8 +238,10 @@ def get_objects(
     box_jitter: float = 0.0,
     seed: int = 0,
     spacing: tuple[float, float] | None = None,
+    prompt: str = "box",
 ) -> tuple:
     """The image of an example, and its objects with their prompts: one per class that its mask shows."""
+    check_prompt(prompt)
     example = examples[index]
     native = example["mask"].shape
     size = native if output_size is None else (output_size, output_size)
@@ -235,7 +252,8 @@ def get_objects(
     for class_index, mask in zip(*split_by_class(example["mask"]), strict=True):
         name = example["name"] if examples.labels is None else f"{example['name']}/{examples.id2label[class_index]}"
         box = jitter_box(box_from_mask(mask), box_jitter, native, rng) * np.tile(scale[::-1], 2)
-        objects.append(PromptedObject(name, index, class_index, sample_mask(mask, size), box, pixel))
+        click = innermost_click(mask) * scale[::-1] if prompt == "click" else None
+        objects.append(PromptedObject(name, index, class_index, sample_mask(mask, size), box, pixel, click))
     return example["image"], objects
 
 
@@ -255,7 +273,7 @@ def _predict_batch(model, processor, batch, mode):
             processor,
             image,
             objects[0].target.shape,
-            np.stack([prompted.box for prompted in objects]),
+            np.stack([prompted.prompt for prompted in objects]),
             [prompted.class_index for prompted in objects],
         )
         for image, objects in batch
@@ -267,11 +285,10 @@ def _predict_batch(model, processor, batch, mode):
     regions = processor.get_image_regions(inputs["original_sizes"], inputs["reshaped_input_sizes"])
     for position, (_, objects) in enumerate(batch):
         one = slice(position, position + 1)
-        prompts = inputs["prompt_attention_mask"][position]
+        present = inputs["prompt_attention_mask"][position]
         field = model.get_mask_field(
             embeddings[one],
-            input_boxes=inputs["input_boxes"][one, prompts],
-            class_labels=inputs["class_labels"][one, prompts],
+            **{key: inputs[key][one, present] for key in PROMPT_INPUTS if key in inputs},
             reshaped_input_sizes=inputs["reshaped_input_sizes"][one],
         )
         rendered = field.render(objects[0].target.shape, regions[one], mode)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # What a picture shows: the object with this share of its box's longer side around it.
 CONTEXT = 0.5
+# Half the side of the square that stands for a click, as a share of the image's longer side.
+CLICK = 0.01
 LONGEST_NAME = 40  # of a model, in characters
 Case = tuple[Image.Image, PromptedObject, dict[str, tuple[Prediction, float]]]
 
@@ -100,21 +102,29 @@ def draw_cases(cases: Sequence[Case], path: Path) -> None:
     for image, prompted, predictions in cases:
         target, cut = prompted.target, _window(prompted)
         picture = displayable(image).resize(target.shape[::-1], Image.Resampling.BILINEAR)
-        box = prompted.box.tolist()
-        pictures = [overlay(picture, target[None] & False, [box]), overlay(picture, target[None])]
+        shown = _shown_prompt(prompted)
+        pictures = [overlay(picture, target[None] & False, [shown]), overlay(picture, target[None])]
         for prediction, _ in predictions.values():
             largest = prediction.uncertainty.max()
             pictures += [
-                overlay(picture, prediction.mask[None], [box]),
+                overlay(picture, prediction.mask[None], [shown]),
                 uncertainty_picture(prediction.uncertainty, largest),
             ]
         rows.append([drawn.crop(cut) for drawn in pictures])
         dices = " / ".join(f"{100 * dice:.1f}" for _, dice in predictions.values())
         names.append(f"{prompted.name}\nDice {dices}")
-    titles = ["image and box", "reference"]
+    titles = ["image and box" if cases[0][1].click is None else "image and click", "reference"]
     for name in cases[0][2]:
         titles += [_broken(name), "uncertainty"]
     save_sheet(rows, titles, path, names)
+
+
+def _shown_prompt(prompted: PromptedObject) -> list[float]:
+    """The box, or a small one around the click."""
+    if prompted.click is None:
+        return prompted.box.tolist()
+    radius = max(1.0, CLICK * max(prompted.target.shape))
+    return [*(prompted.click - radius), *(prompted.click + radius)]
 
 
 def _window(prompted: PromptedObject) -> tuple[int, int, int, int]:

@@ -63,15 +63,19 @@ class Setting:
         output_size: side of the grid, None for each image's own size.
         box_jitter: of the prompts.
         methods: the model evaluated is the first, the floors are the last.
+        prompt: "box" or "click".
     """
 
     output_size: int | None
     box_jitter: float
     methods: dict[str, MethodScores] = field(default_factory=dict)
+    prompt: str = "box"
 
     @property
     def title(self) -> str:
         size = "native size" if self.output_size is None else f"{self.output_size} x {self.output_size}"
+        if self.prompt == "click":
+            return f"{size}, a click each"
         return f"{size}, {f'boxes jittered by {100 * self.box_jitter:g} %' if self.box_jitter else 'exact boxes'}"
 
 
@@ -89,7 +93,7 @@ class Protocol:
     def prompts(self, setting: Setting) -> dict:
         """The arguments of `get_objects`."""
         grid = {"output_size": setting.output_size, "box_jitter": setting.box_jitter}
-        return {**grid, "seed": self.seed, "spacing": self.spacing}
+        return {**grid, "seed": self.seed, "spacing": self.spacing, "prompt": setting.prompt}
 
     def predict(self, pipeline: IMedSamPipeline, setting: Setting, indices: Sequence[int], **options):
         """What a model says about the objects of some images."""
@@ -117,6 +121,7 @@ def evaluate_to_folder(
     tolerance: float = 1.0,
     compare: str | None = None,
     mode: str = "exact",
+    prompt: str = "box",
     num_images: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
@@ -139,6 +144,7 @@ def evaluate_to_folder(
         tolerance: of the surface Dice, in millimetres, or in pixels if there is no spacing.
         compare: folder or Hub name of another model.
         mode: of rendering, "exact" or "adaptive".
+        prompt: "box", or "click": the centre of the object's innermost pixel.
         num_images: at most this many of the split.
         seed: of jitter and intervals, and of the split of data that have none: the one that the model trained with.
         device: "cpu", or any other name for what Accelerate finds.
@@ -150,9 +156,12 @@ def evaluate_to_folder(
 
     Raises:
         ValueError: before anything is evaluated, an `output` that is a file, a spacing that is not positive, a
-            negative tolerance, the same model twice, or data with other classes; and data without an object.
+            negative tolerance, jitter of clicks, the same model twice, or data with other classes; and data without
+            an object.
     """
     check_distances((1.0, 1.0) if spacing is None else spacing, tolerance)
+    if prompt == "click" and any(box_jitters):
+        raise ValueError(f"Expected no box jitter with clicks, got {max(box_jitters):g}: leave one of them out.")
     if output.exists() and not output.is_dir():
         raise ValueError(f"Expected a folder for the report, got the file {output}: name another one.")
     state = PartialState(cpu=device == "cpu")
@@ -174,7 +183,7 @@ def evaluate_to_folder(
         check_classes(pipeline, examples, name)
     output.mkdir(parents=True, exist_ok=True)
     protocol = Protocol(examples, spacing, tolerance, mode, seed, batch_size)
-    settings = [Setting(size, jitter) for size, jitter in product(sizes, box_jitters)]
+    settings = [Setting(size, jitter, prompt=prompt) for size, jitter in product(sizes, box_jitters)]
     for setting in settings:
         for name, pipeline in pipelines.items():
             setting.methods[name] = _gather(_model_records(protocol, setting, state, name, pipeline))
@@ -196,6 +205,7 @@ def evaluate_to_folder(
         "tolerance": tolerance,
         "unit": "px" if spacing is None else "mm",
         "mode": mode,
+        "prompt": prompt,
         "seed": seed,
         **provenance(),
         "settings": [_summary(setting, examples, seed) for setting in settings],

@@ -36,6 +36,8 @@ def markdown_report(report: Mapping) -> str:
             num_images=report["num_images"],
             split=report["split"],
             data=report["data"],
+            prompt=report["prompt"],
+            whose={"box": "prompt", "click": "object's box"}[report["prompt"]],
             unit={"px": "pixels", "mm": "millimetres"}[report["unit"]],
             tolerance=f"{report['tolerance']:g} {report['unit']}",
         ),
@@ -51,9 +53,9 @@ def markdown_report(report: Mapping) -> str:
     return "\n".join([*parts, PICTURES.format(model=report["model"], setting=report["settings"][0]["title"])])
 
 
-INTRODUCTION = """{num_images} images of `{split}` in `{data}`, prompted with a box per object. Distances are in
+INTRODUCTION = """{num_images} images of `{split}` in `{data}`, prompted with a {prompt} per object. Distances are in
 {unit}, NSD has a tolerance of {tolerance}, everything else is in percent. ECE, Brier score and what follows are of the
-pixels around the object. The filled box and the ellipse inscribed in it are what the prompt alone is worth.
+pixels around the object. The filled box and the ellipse inscribed in it are what the {whose} alone is worth.
 """
 PICTURES = """## Pictures
 

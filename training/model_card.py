@@ -61,19 +61,22 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
     on_hub = {*report.get("on_hub", ()), *([publication.base_model] if publication and publication.base_model else [])}
     name = publication.name if publication else Path(arguments["output_dir"]).resolve().name
     is_model = method.model_class is IMedSamModel
+    prompt = arguments.get("prompt", "box")
+    prompts = PROMPTS[prompt]
     results = [_training_results(report)] if not (publication and publication.evaluations) else []
     results += [_evaluation_results(evaluation) for evaluation in (publication.evaluations if publication else ())]
     return CARD.format(
         head=_metadata(report, publication, name, base, on_hub),
         name=name,
         method=method.description,
+        prompt=prompt,
         usage=(USAGE if is_model else BASELINE_USAGE).format(
-            repo=publication.repo_id if publication else f"path/to/{name}"
+            repo=publication.repo_id if publication else f"path/to/{name}", prompts=prompts
         ),
         adapter=ADAPTER.format(repo=publication.repo_id, sha256=publication.base_sha256)
         if publication and publication.base_sha256
         else "",
-        without_package=WITHOUT_PACKAGE.format(repo=publication.repo_id)
+        without_package=WITHOUT_PACKAGE.format(repo=publication.repo_id, prompts=prompts)
         if publication and publication.with_code
         else "",
         task=f" Its task: {publication.task}." if publication and publication.task else "",
@@ -130,7 +133,7 @@ def _eval_results(evaluation: Mapping) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="image-segmentation",
-            task_name=f"Segmentation from a box, {setting['title']}",
+            task_name=f"Segmentation from a {evaluation.get('prompt', 'box')}, {setting['title']}",
             dataset_type=shown_name(evaluation["data"]),
             dataset_name=shown_name(evaluation["data"]),
             dataset_config=setting["title"] if setting["box_jitter"] else None,  # which tells them apart
@@ -233,12 +236,14 @@ def is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
 
 
+# A single image needs no level of its own.
+PROMPTS = {"box": "input_boxes=[[8, 12, 50, 44]]", "click": "input_points=[[[29, 28]]]"}
 USAGE = """from PIL import Image
 from imedsam import IMedSamPipeline
 
 pipeline = IMedSamPipeline.from_pretrained("{repo}")
 pipeline.set_image(Image.open("image.png"))
-mask = pipeline.predict(input_boxes=[[8, 12, 50, 44]], class_labels=[0]).masks[0, 0]"""
+mask = pipeline.predict({prompts}, class_labels=[0]).masks[0, 0]"""
 BASELINE_USAGE = USAGE.replace(
     "from imedsam import IMedSamPipeline", "from imedsam.training.baselines import load_pipeline"
 )
@@ -260,7 +265,7 @@ from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)
-inputs = processor(Image.open("image.png"), input_boxes=[[[8, 12, 50, 44]]])
+inputs = processor(Image.open("image.png"), {prompts})
 outputs = model(**inputs)
 masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])
 ```
@@ -280,7 +285,7 @@ CARD = """---
 # {name}
 
 {method}; trained from {start} on
-`{dataset}` at {image_size} x {image_size} pixels. It takes an image and a box per object and gives the object's
+`{dataset}` at {image_size} x {image_size} pixels. It takes an image and a {prompt} per object and gives the object's
 mask at any resolution. Classes: {classes}.{task}
 
 {picture}## How to use
@@ -291,7 +296,7 @@ mask at any resolution. Classes: {classes}.{task}
 {usage}
 ```
 
-Boxes are x0, y0, x1, y1 in pixels of the image, (0, 0) being its top left corner.
+Boxes are x0, y0, x1, y1 and clicks x, y in pixels of the image, (0, 0) being its top left corner.
 {adapter}{without_package}
 ## Metrics
 
@@ -308,7 +313,7 @@ validation Dice. Trainable parameters: {trained}. `metrics.json` holds the argum
 ## Limits and intended use
 
 For research on images like those of `{dataset}`: to compare methods, to annotate faster, to start trainings from. Not
-for clinical use, and nothing that it gives is a diagnosis. The scores hold for boxes as the tables have them, and say
-nothing about devices and populations that are not in them. It segments whatever a box is put around, whether the
+for clinical use, and nothing that it gives is a diagnosis. The scores hold for prompts as the tables have them, and
+say nothing about devices and populations that are not in them. It segments whatever it is prompted for, whether the
 object is there or not.
 """

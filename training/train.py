@@ -202,6 +202,7 @@ def evaluate(accelerator, model, processor, examples: Examples, args, **options)
         accelerator.unwrap_model(model),
         processor,
         examples,
+        prompt=args.prompt,
         seed=args.seed,
         batch_size=args.per_device_eval_batch_size,
         indices=range(accelerator.process_index, len(examples), accelerator.num_processes),
@@ -243,7 +244,7 @@ def finish(accelerator, processor, examples: dict[str, Examples], args, state: T
         report[split] = table.mean()
         if part.labels is not None:
             report[f"{split}_classes"] = class_means(table, part)
-        if args.box_jitter:
+        if args.box_jitter and args.prompt == "box":
             jittered = evaluate(accelerator, model, processor, part, args, mode=None, box_jitter=args.box_jitter)
             report[f"{split}_jittered"] = jittered.mean()
         report[f"{split}_objects"] = table.rows
@@ -312,6 +313,7 @@ def get_dataloaders(args: argparse.Namespace, examples: Examples, processor: IMe
     dataset = PromptedSegmentationDataset(
         examples,
         processor,
+        prompt=args.prompt,
         num_points=args.num_candidates or args.num_points,
         uniform_share=args.uniform_share,
         boundary_share=args.boundary_share,
