@@ -74,7 +74,7 @@ class Run:
     def arguments(self, extra: Sequence[str] = ()) -> list[str]:
         """The flags of the training script but for folders and files; `extra` ones come last, and so prevail."""
         flags = [*RECIPE.split(), *self._start_flags(), *DATASETS[self.data].split(), *self.flags.split(), *extra]
-        method = [] if self.method == "imedsam" else ["--method", self.method]
+        method = [] if self.method == "imedsam" else ["--model", self.method]
         return [*method, *flags, "--seed", str(self.seed), "--resume_from_checkpoint", "latest"]
 
     def _start_flags(self) -> list[str]:

@@ -67,7 +67,7 @@ def run(sam_folder, tmp_path):
 
 
 def method_arguments(sam, output, method, flags):
-    args = arguments(sam, output, ["--method", method, *flags])
+    args = arguments(sam, output, ["--model", method, *flags])
     if METHODS[method].model_class is not UNetModel:
         return args
     at = args.index("--config")  # of I-MedSAM
@@ -429,22 +429,22 @@ def test_training_goes_on_from_a_baseline(run, sam_folder, tmp_path):
     folder = run("unet", *flags)
     args = f"--model_name_or_path {folder} --dataset_name phantoms --phantom_size 64 --output_dir {tmp_path / 'more'}"
     args = [*args.split(), *map(str, flags), "--num_points", "200", "--evaluation_size", "32"]
-    train.main([*args, "--method", "unet"])
+    train.main([*args, "--method", "unet"])  # the flag's other name
     assert type(load_model(tmp_path / "more")) is UNetModel
-    with pytest.raises(ValueError, match="Expected --method unet, which .* was trained with, got imedsam"):
+    with pytest.raises(ValueError, match="Expected --model unet, which .* was trained with, got imedsam"):
         train.main(args)
-    with pytest.raises(ValueError, match="Expected --method unet, which .* was trained with, got unet_without_prompt"):
-        train.main([*args, "--method", "unet_without_prompt"])
+    with pytest.raises(ValueError, match="Expected --model unet, which .* was trained with, got unet_without_prompt"):
+        train.main([*args, "--model", "unet_without_prompt"])
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--method nnunet", "invalid choice: 'nnunet'"),
-        ("--method unet --config lora_rank=4", "Unknown configuration key 'lora_rank'"),
-        ("--method unet --config image_size=64", "image_size has a flag of its own"),
-        ("--method unet --config box_channel=false", "Expected box_channel True for this method, got False"),
-        ("--method sam_decoder --config implicit_decoder=true", "Expected implicit_decoder False for this method"),
+        ("--model nnunet", "argument --model/--method: invalid choice: 'nnunet'"),
+        ("--model unet --config lora_rank=4", "Unknown configuration key 'lora_rank'"),
+        ("--model unet --config image_size=64", "image_size has a flag of its own"),
+        ("--model unet --config box_channel=false", "Expected box_channel True for this method, got False"),
+        ("--model sam_decoder --config implicit_decoder=true", "Expected implicit_decoder False for this method"),
     ],
 )
 def test_wrong_flags_are_refused(capsys, flags, message):

@@ -78,7 +78,7 @@ def test_flags_of_a_run_prevail_over_the_recipe():
         flags="--num_points 7 --config lora_rank=2", seed=3).arguments(["--max_train_steps", "5"])])  # fmt: skip
     assert (args.num_points, args.seed, args.max_train_steps) == (7, 3, 5)
     assert args.config == {"lora_rank": 2, "lora_alpha": 16, "train_mask_decoder": True, "ellipse_prior": False}
-    assert Run("unet").arguments()[:2] == ["--method", "unet"] and "--config" not in Run("unet").arguments()
+    assert Run("unet").arguments()[:2] == ["--model", "unet"] and "--config" not in Run("unet").arguments()
 
 
 def test_every_table_compares_with_rows_that_it_has():

@@ -20,7 +20,12 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         "--model_name_or_path", required=True, help="SAM checkpoint to start from, or I-MedSAM checkpoint to train on."
     )
     add(
-        "--method", choices=METHODS, default="imedsam", help="I-MedSAM, or a baseline: see imedsam.training.baselines."
+        "--model",
+        "--method",
+        dest="method",
+        choices=METHODS,
+        default="imedsam",
+        help="I-MedSAM, or a baseline: see imedsam.training.baselines.",
     )
     add(
         "--dataset_name",

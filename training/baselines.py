@@ -2,7 +2,7 @@
 What I-MedSAM is compared with, and a variant of it: models that are trained and evaluated by the same code, with the
 same data, prompts, schedule, augmentation and seeds.
 
-| `--method` | mask comes from | starts from | knows the box by |
+| `--model` | mask comes from | starts from | knows the box by |
 |---|---|---|---|
 | `imedsam` | the implicit decoder | SAM | SAM's prompt encoder, the prompt's frame, the ellipse in it |
 | `imedsam_box_mask` | the same | SAM | the same, and the box rasterised as SAM's mask prompt |

@@ -294,7 +294,7 @@ def get_model_and_processor(args: argparse.Namespace, examples: Examples) -> tup
     model = load_model(path)
     if not method.made(model):
         made = [name for name, other in METHODS.items() if other.made(model)]
-        raise ValueError(f"Expected --method {made[-1]}, which {path} was trained with, got {args.method}.")
+        raise ValueError(f"Expected --model {made[-1]}, which {path} was trained with, got {args.method}.")
     if model.config.num_labels != len(examples.id2label):
         raise ValueError(
             f"Expected {model.config.num_labels} classes in {args.dataset_name}, which {path} was trained for, got "
