@@ -1,8 +1,13 @@
-"""Segmentation losses on points or pixels, with weights for points that stand for unequal areas, and of spectra."""
+"""Losses on points or pixels, with weights for points that stand for unequal areas, and of spectra."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Its logarithm is the most that the uncertainty of a point can cost.
+SMALLEST_UNCERTAINTY = 1e-6
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -37,6 +42,33 @@ def dice_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, smo
     overlap = (area * probabilities * labels).sum(dim=-1)
     total = (area * probabilities).sum(dim=-1) + (area * labels).sum(dim=-1)
     return 1 - (2 * overlap + smooth) / (total + smooth)
+
+
+def uncertainty_guided_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """
+    Mean over the points of the weighted binary cross entropy between u = H(p) / ln 2, the normalised entropy of the
+    predicted probability p, taken for the probability of an error, and whether there is one, [(p > 0.5) != y]: the
+    prediction is to be uncertain where it errs, and certain where it does not. It is least where a share u of the
+    points with this entropy is wrong.
+
+    The aim is that of a review of SF-RecSAM, an uncertainty-guided loss that asks for a higher uncertainty where the
+    model errs; no formula is published: this one is ours. It does not see which side a point is on, so it is to be
+    added to a loss that does.
+
+    Args:
+        logits: (..., N).
+        labels: (..., N), 0 or 1.
+        weights: (..., N), as in `segmentation_loss`.
+
+    Returns:
+        (...,), at least 0.
+    """
+    logits = logits.float()  # 1 - u has no place in half precision
+    entropy = logits.sigmoid() * F.softplus(-logits) + (-logits).sigmoid() * F.softplus(logits)
+    uncertainty = (entropy / math.log(2)).clamp(SMALLEST_UNCERTAINTY, 1 - SMALLEST_UNCERTAINTY)
+    errors = (logits > 0) != (labels > 0.5)
+    loss = -torch.where(errors, uncertainty.log(), (-uncertainty).log1p())
+    return (loss if weights is None else weights * loss).mean(dim=-1)
 
 
 def spectral_correlation_loss(

@@ -13,7 +13,7 @@ from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.frequency import FrequencyBranch, FrequencyView
 from imedsam.image_encoder import IMedSamVisionEncoder
 from imedsam.implicit_decoder import ImplicitDecoder, normalise
-from imedsam.losses import segmentation_loss, spectral_correlation_loss
+from imedsam.losses import segmentation_loss, spectral_correlation_loss, uncertainty_guided_loss
 from imedsam.mask_field import FieldValues, ImplicitMaskField, InterpolatedMaskField, MaskField
 from imedsam.pretrained import IMedSamPreTrainedModel
 from imedsam.prompt_fusion import PromptEncoder, PromptFusion, Prompts
@@ -93,6 +93,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
         num_points: int | None = None,
         coarse_loss_weight: float = 0.5,
         spectral_loss_weight: float = 0.0,
+        uncertainty_loss_weight: float = 0.0,
         original_sizes: Tensor | None = None,
     ) -> IMedSamOutput:
         """
@@ -116,6 +117,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
             coarse_loss_weight: weight of the coarse field's loss; the merged output's has the rest.
             spectral_loss_weight: adds this times [`~imedsam.losses.spectral_correlation_loss`] of the merged output,
                 which takes all labels of a grid.
+            uncertainty_loss_weight: adds this times [`~imedsam.losses.uncertainty_guided_loss`] of the merged output.
             original_sizes: not used; what the processor returns can be passed as it is.
         """
         if pixel_values is not None and image_embeddings is None:
@@ -152,6 +154,9 @@ class IMedSamModel(IMedSamPreTrainedModel):
                 masks = (values.logits[:, :, 0], labels)
                 spectral = spectral_correlation_loss(*(mask.unflatten(-1, grid) for mask in masks))
                 loss = loss + spectral_loss_weight * spectral
+            if uncertainty_loss_weight:
+                guided = uncertainty_guided_loss(values.logits[:, :, 0], labels, point_weights)
+                loss = loss + uncertainty_loss_weight * guided
             output["loss"] = _mean_over_prompts(loss, prompt_attention_mask)
             output["point_logits"] = values.logits
         elif coordinates is not None:

@@ -394,16 +394,15 @@ def test_every_method_learns_an_image_by_heart(run, method):
     assert names["mask"].shape == (40, 50)
 
 
+@pytest.mark.parametrize("flag", ["--spectral_weight", "--uncertainty_weight"])
 @pytest.mark.parametrize("method", ["unet", pytest.param("convolutional", marks=pytest.mark.slow)])
-def test_the_spectral_objective_trains_any_model(run, method):
-    """Its loss is higher by what the objective adds, and other weights come out."""
+def test_further_objectives_train_any_model(run, method, flag):
+    """The loss is higher by what an objective adds, and other weights come out."""
     flags = "--num_train_epochs 1 --num_train_images 2 --supervision dense --label_size 32".split()
-    plain, spectral = (
-        run(method, *flags, "--spectral_weight", weight, name=f"weight{weight}") for weight in ("0", "0.5")
-    )
-    losses = [read(folder)["history"][0]["loss"] for folder in (plain, spectral)]
+    plain, further = (run(method, *flags, flag, weight, name=f"weight{weight}") for weight in ("0", "0.5"))
+    losses = [read(folder)["history"][0]["loss"] for folder in (plain, further)]
     assert losses[0] < losses[1] <= losses[0] + 1
-    weights = [load_model(folder).state_dict() for folder in (plain, spectral)]
+    weights = [load_model(folder).state_dict() for folder in (plain, further)]
     assert any((weights[0][key] != weights[1][key]).any() for key in weights[0])
 
 

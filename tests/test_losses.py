@@ -9,7 +9,13 @@ import torch
 from scipy.stats import pearsonr
 from torch.testing import assert_close
 
-from imedsam.losses import cross_entropy_loss, dice_loss, segmentation_loss, spectral_correlation_loss
+from imedsam.losses import (
+    cross_entropy_loss,
+    dice_loss,
+    segmentation_loss,
+    spectral_correlation_loss,
+    uncertainty_guided_loss,
+)
 
 with warnings.catch_warnings():  # of libraries that MONAI imports
     warnings.simplefilter("ignore")
@@ -76,6 +82,45 @@ def test_by_hand():
     logits, labels = torch.tensor([0.0, math.log(3.0)]), torch.tensor([0.0, 1.0])  # probabilities 1/2 and 3/4
     assert cross_entropy_loss(logits, labels).item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
     assert dice_loss(logits, labels).item() == pytest.approx(1 - 2 * 0.75 / (1.25 + 1), abs=1e-5)
+
+
+# Uncertainty
+
+
+def test_the_uncertainty_guided_loss_by_hand():
+    """Probabilities 3/4, 1/4 and 3/4, of which the last one is wrong; the entropy of each is 0.8113 bits."""
+    logits, labels = math.log(3) * torch.tensor([1.0, -1.0, 1.0]), torch.tensor([1.0, 0.0, 0.0])
+    entropy = 2 - 0.75 * math.log2(3)
+    right, wrong = -math.log(1 - entropy), -math.log(entropy)
+    assert uncertainty_guided_loss(logits, labels).item() == pytest.approx((2 * right + wrong) / 3, rel=1e-5)
+    weights = torch.tensor([0.0, 1.0, 2.0])
+    expected = pytest.approx((right + 2 * wrong) / 3, rel=1e-5)
+    assert uncertainty_guided_loss(logits, labels, weights).item() == expected
+    assert uncertainty_guided_loss(logits.expand(4, 2, 3), labels.expand(4, 2, 3)).shape == (4, 2)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2, 4, 5, 8])
+def test_the_uncertainty_is_to_be_the_share_of_errors(wrong):
+    """Of points that all have one entropy, on whichever side they are."""
+    labels = (torch.arange(8) >= wrong).float()
+    logits = torch.linspace(0.01, 12, 1200, dtype=torch.float64)
+    loss = uncertainty_guided_loss(logits[:, None].expand(-1, 8), labels.expand(1200, -1))
+    p = logits[loss.argmin()].sigmoid().item()
+    entropy = -(p * math.log2(p) + (1 - p) * math.log2(1 - p))
+    assert entropy == pytest.approx(wrong / 8, abs=0.005)
+    mirrored = uncertainty_guided_loss(-logits[:, None].expand(-1, 8), 1 - labels.expand(1200, -1))
+    assert_close(mirrored, loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_uncertainty_are_finite_and_lead_to_the_errors(dtype):
+    logits = torch.tensor([-1000.0, -40, -2, -1e-4, 0, 1e-4, 2, 40, 1000], dtype=dtype).repeat(2, 1).requires_grad_()
+    labels = torch.tensor([[0.0], [1.0]]).expand(2, 9)
+    loss = uncertainty_guided_loss(logits, labels)
+    loss.sum().backward()
+    assert loss.isfinite().all() and logits.grad.isfinite().all()
+    # What is wrong is led to the boundary, what is right away from it.
+    assert logits.grad[0, 2] > 0 and logits.grad[0, 6] > 0 and logits.grad[1, 2] < 0 and logits.grad[1, 6] < 0
 
 
 # Spectra

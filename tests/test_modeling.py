@@ -11,7 +11,7 @@ from transformers import AutoModel
 import imedsam.modeling_imedsam
 import imedsam.prompt_fusion
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
-from imedsam.losses import segmentation_loss, spectral_correlation_loss
+from imedsam.losses import segmentation_loss, spectral_correlation_loss, uncertainty_guided_loss
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.tiles import pixel_centres
 
@@ -366,6 +366,27 @@ def test_the_spectral_loss_is_added_prompt_by_prompt(model, inputs):
     for given in ({"coordinates": points, "labels": points[..., 0]}, {"labels": labels, "num_points": 10}):
         with pytest.raises(ValueError, match="Expected labels on a grid, without coordinates and num_points"):
             model(**inputs, **given, spectral_loss_weight=0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [False, True])
+def test_the_uncertainty_guided_loss_is_added_prompt_by_prompt(model, inputs, grid):
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(2, 2, 12, 16, generator=generator) > 0.5).float()
+    given = {"labels": labels}
+    if not grid:
+        given = {"labels": labels.flatten(2), "coordinates": 2 * torch.rand(2, 2, 192, 2, generator=generator) - 1}
+        given["point_weights"] = 2 * torch.rand(2, 2, 192, generator=generator)
+    plain = model(**inputs, **given)
+    guided = uncertainty_guided_loss(plain.point_logits[:, :, 0], labels.flatten(2), given.get("point_weights"))
+    assert guided.shape == (2, 2) and guided.min() > 0.1
+    mask = torch.tensor([[True, True], [True, False]])
+    output = model(**inputs, **given, uncertainty_loss_weight=0.5)
+    assert_close(output.loss, plain.loss + 0.5 * guided.mean())
+    masked, plain = (
+        model(**inputs, **given, prompt_attention_mask=mask, uncertainty_loss_weight=w).loss for w in (1, 0)
+    )
+    assert_close(masked - plain, ((guided[0, 0] + guided[0, 1]) / 2 + guided[1, 0]) / 2)
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -86,6 +86,12 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         default=0.0,
         help="Of the correlation of the masks' amplitude spectra in the loss, such as 0.5; with --supervision dense.",
     )
+    add(
+        "--uncertainty_weight",
+        type=not_negative,
+        default=0.0,
+        help="Of the loss in which the entropy of the prediction is to say where it errs.",
+    )
     add("--label_size", type=positive_int, help="Side of the dense labels; the model's square by default.")
     add(
         "--box_jitter",

@@ -155,7 +155,10 @@ def train_epoch(accelerator, model, train_loader, optimizer, scheduler, average,
     loader = skip_first_batches(train_loader, state.batch) if state.batch else train_loader
     loader.set_epoch(state.epoch)  # older releases of Accelerate begin again with 0 after skipping
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options = {"spectral_loss_weight": args.spectral_weight}
+    options = {
+        "spectral_loss_weight": args.spectral_weight,
+        "uncertainty_loss_weight": args.uncertainty_weight,
+    }
     if args.num_candidates:
         options["num_points"] = args.num_points
     started_at = time.perf_counter()
