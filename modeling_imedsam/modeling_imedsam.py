@@ -151,8 +151,8 @@ class IMedSamModel(IMedSamPreTrainedModel):
             )
             loss = _loss_of_prompts(values, labels, point_weights, coarse_loss_weight)
             if spectral_loss_weight:
-                masks = (values.logits[:, :, 0], labels)
-                spectral = spectral_correlation_loss(*(mask.unflatten(-1, grid) for mask in masks))
+                both = (values.logits[:, :, 0], labels)
+                spectral = spectral_correlation_loss(*(mask.unflatten(-1, grid) for mask in both))
                 loss = loss + spectral_loss_weight * spectral
             if uncertainty_loss_weight:
                 guided = uncertainty_guided_loss(values.logits[:, :, 0], labels, point_weights)
