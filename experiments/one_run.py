@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from runs import DERIVED, MACHINE_DEPENDENT, WITHOUT_SAM, Run, Scoring
+from runs import DERIVED, MACHINE_DEPENDENT, PLACES, WITHOUT_SAM, Run, Scoring
 from scoring import load_trained, open_examples, score, score_floors
 from splits import Splits, make_splits, write_folder
 
@@ -146,8 +146,9 @@ def refuse_another_recipe(path: Path, flags: list[str]) -> None:
     """A run from before, finished or not, counts if it was made with the flags that are given now."""
     made_with, asked_for = json.loads(path.read_text())["arguments"], vars(parse_args(flags))
     asked_for = json.loads(json.dumps(asked_for))
-    if made_with["config"]:  # what does not name the ellipse prior stands for a model without one
-        made_with["config"] = {"ellipse_prior": False, **made_with["config"]}
+    if made_with["config"] and "ellipse_prior" in asked_for["config"]:
+        made_with["config"].setdefault("ellipse_prior", False)  # where it is not named, the model has none
+    made_with = {**vars(parse_args(PLACES)), **made_with}  # a flag that came after it changes nothing by default
     ignored = {*MACHINE_DEPENDENT, *(DERIVED if asked_for["max_train_steps"] else ())}
     if different := [
         k for k, value in asked_for.items() if k not in ignored and value not in (None, made_with.get(k))

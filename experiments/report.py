@@ -19,7 +19,7 @@ import numpy as np
 from duplicates import read_pairs
 from plots import draw
 from runner import FILES, HERE, load_tables
-from runs import STARTS, WITH_PIXEL_DECODER, Run, Table
+from runs import PLACES, STARTS, WITH_PIXEL_DECODER, Run, Table
 from scored_rows import METRICS, Scored, difference, mean_of, read_row, reference_of
 
 from imedsam.training.arguments import parse_args
@@ -30,7 +30,7 @@ BENCHMARK = HERE.parent / "benchmarks" / "methods.json"
 BENCHMARK_SIDE = 384  # of the square of the models that it measures
 # What leaves the time of their masks as it is, LoRA being merged; and what of a row's scoring does.
 TIMELESS = {"lora_rank", "lora_alpha", "train_mask_decoder", "train_image_encoder", "ellipse_prior"}
-TIMELESS_CHANGES = {"box_jitter"}
+TIMELESS_CHANGES = {"box_jitter", "noise"}
 BEGIN, END = "<!-- experiments: begin -->", "<!-- experiments: end -->"
 
 
@@ -162,8 +162,7 @@ def seconds_per_image(one: Scored, benchmark: dict | None) -> float | None:
 
 @cache
 def pixel_decoder_config() -> dict:
-    places = ["--model_name_or_path", "", "--dataset_name", "", "--output_dir", ""]
-    return _without(parse_args([*places, *Run(flags=WITH_PIXEL_DECODER).arguments()]).config, TIMELESS)
+    return _without(parse_args([*PLACES, *Run(flags=WITH_PIXEL_DECODER).arguments()]).config, TIMELESS)
 
 
 def _without(values: dict, keys: set[str]) -> dict:

@@ -46,6 +46,7 @@ FILES = (
     "resolution",
     "far_spots",
     "improvements",
+    "spectral",
 )
 
 

@@ -1,13 +1,16 @@
 """Runs, what they are scored on, and the tables that are made of them. A run is what its flags say: see `Run.name`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from imedsam.configuration.configuration_imedsam import CONFIGURATION_KEYS, IMedSamConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.training.arguments import parse_args
+from imedsam.training.baselines import METHODS
 
 # Of every run: equally many steps, so that rows of a table cost the same, with the flags that were chosen on the
 # validation split of Kvasir-Sessile (docs/results.md).
@@ -32,7 +35,7 @@ STARTS = {
         f"--config lora_rank=0 train_image_encoder=true train_mask_decoder=true {PAPER}",
     ),
 }
-# Methods that have no SAM, whose `--config` has other keys.
+# Methods that have no SAM.
 WITHOUT_SAM = ("unet", "unet_without_prompt")
 # What counts in epochs is to happen after as many steps as on Kvasir-Sessile's 117 training images.
 DATASETS = {
@@ -44,6 +47,8 @@ DATASETS = {
 # Of phantoms when scored: they are drawn at any size.
 PHANTOM_SIZE, NUM_PHANTOMS = 896, 60
 MACHINE_DEPENDENT = ("model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint")
+# To parse flags where it does not matter on which machine.
+PLACES = ("--model_name_or_path", "", "--dataset_name", "", "--output_dir", "")
 # Follow from `--max_train_steps` and the number of images.
 DERIVED = ("num_train_epochs",)
 
@@ -79,13 +84,15 @@ class Run:
 
     def _start_flags(self) -> list[str]:
         flags = STARTS[self.start][1]
-        return (flags.partition("--config")[0] if self.method in WITHOUT_SAM else flags).split()
+        # The start's `--config` is of I-MedSAM, whose keys another model does not have.
+        of_imedsam = issubclass(METHODS[self.method].model_class.config_class, IMedSamConfig)
+        return (flags if of_imedsam else flags.partition("--config")[0]).split()
 
 
 @cache
 def _name(run: Run) -> str:
     asked_for, usual = (_parse(one) for one in (run, replace(run, flags="")))
-    config, usual_config = (get_config(values.pop("config")) for values in (asked_for, usual))
+    config, usual_config = (get_config(run.method, values.pop("config")) for values in (asked_for, usual))
     changes = {key: value for key, value in asked_for.items() if value != usual[key]}
     changes |= {key: value for key, value in config.items() if value != usual_config[key]}
     fold = [] if run.fold is None else [f"fold{run.fold}"]
@@ -94,15 +101,15 @@ def _name(run: Run) -> str:
 
 
 def _parse(run: Run) -> dict[str, Any]:
-    # As flags of I-MedSAM: which method it is has a place of its own in the name.
-    flags = replace(run, method="imedsam").arguments() if run.method not in WITHOUT_SAM else run.flags.split()
-    return vars(parse_args(["--model_name_or_path", "", "--dataset_name", "", "--output_dir", "", *flags]))
+    return vars(parse_args([*PLACES, *run.arguments()]))
 
 
-def get_config(values: dict[str, Any]) -> dict[str, Any]:
-    """Every value of the configuration, given or not."""
-    config = IMedSamConfig(**values)
-    return {key: getattr(config, key) for key in CONFIGURATION_KEYS - {"sam_config", "id2label", "num_labels"}}
+def get_config(method: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Every value of the method's own configuration, given or not, but for the SAM's."""
+    config = METHODS[method].model_class.config_class(**METHODS[method].get_values(values))
+    inherited = {field.name for field in fields(PreTrainedConfig)}
+    own = {field.name for field in fields(config)} - inherited - {"sam_config"}
+    return {key: getattr(config, key) for key in own}
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,9 @@ class Scoring:
         within_box: leave out what lies outside of the prompt's box.
         config: values of the configuration, as ("key", value), such as of the selection and the uncertainty.
         mode: of rendering: "exact", or None for adaptive where that is possible.
+        prompt: "box" or "click".
+        noise: standard deviation of the Gaussian noise that is added to the images, as a share of their range.
+        correct: how to correct the masks, by several "prompts" or by "dropout"; None not to.
     """
 
     data: str
@@ -130,6 +140,9 @@ class Scoring:
     within_box: bool = False
     config: tuple[tuple[str, Any], ...] = ()
     mode: str | None = "exact"
+    prompt: str = "box"
+    noise: float = 0.0
+    correct: str | None = None
 
     @property
     def name(self) -> str:

@@ -4,12 +4,15 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from PIL import Image
 from runs import NUM_PHANTOMS, PHANTOM_SIZE, Scoring
 from torch import Tensor
 
@@ -30,15 +33,18 @@ DIGITS = 5
 def score(model: IMedSamModel, processor: IMedSamProcessor, examples: Examples, scoring: Scoring) -> dict[str, list]:
     """The metrics of each object in columns, `name` being the first."""
     model, processor = at_input_size(model, processor, scoring.input_size)
+    correct = {} if scoring.correct is None else {"correct": scoring.correct}
     with changed_config(model, dict(scoring.config)):
         shown = UpsampledModel(model) if scoring.upsampled else model
         table = evaluate_masks(
             ModelWithinBox(shown) if scoring.within_box else shown,
             processor,
-            examples,
+            with_noise(examples, scoring.noise) if scoring.noise else examples,
             output_size=scoring.output_size,
             mode=scoring.mode,
+            prompt=scoring.prompt,
             box_jitter=scoring.box_jitter,
+            **correct,
         )
     return to_columns(table)
 
@@ -53,6 +59,30 @@ def open_examples(folder: Path | None, data: str, split: str) -> Examples:
     if folder is None:
         return load_examples(data, split, num_images=NUM_PHANTOMS, image_size=PHANTOM_SIZE)
     return load_examples(str(folder), split)
+
+
+def with_noise(examples: Examples, noise: float) -> Examples:
+    """The examples, with noise on their images: see `add_noise`. The seed is the image's index."""
+    return Examples(NoisySource(examples.source, noise), examples.names, examples.labels, examples.groups)
+
+
+@dataclass
+class NoisySource:
+    source: Any
+    noise: float
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
+        image, mask = self.source[index]
+        return add_noise(image, self.noise, index), mask
+
+
+def add_noise(image: Image.Image, noise: float, seed: int) -> Image.Image:
+    """Gaussian noise of standard deviation 255 `noise` on an image of 8 bits, rounded and clipped to its range."""
+    if image.mode not in ("L", "RGB"):
+        raise ValueError(f'Expected images of 8 bits ("L" or "RGB"), got {image.mode!r}: score them without noise.')
+    pixels = np.asarray(image, dtype=np.float64)
+    noisy = pixels + 255 * noise * np.random.default_rng(seed).standard_normal(pixels.shape)
+    return Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
 
 
 def load_trained(folder: Path, method: str) -> tuple[IMedSamModel, IMedSamProcessor]:

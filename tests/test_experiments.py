@@ -23,17 +23,20 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
 from drawn_folders import disk, make_processor, write_folder
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from one_run import Task, carry_out, refuse_another_recipe
+from one_run import Task, carry_out, refuse_another_recipe, refuse_other_results
 from PIL import Image
 from runs import DATASETS, RECIPE, STARTS, Row, Run, Scoring, Table, changes, folds, seeds
 from scoring import (
     ModelWithinBox,
     UpsampledModel,
+    add_noise,
     at_input_size,
     changed_config,
     crop_and_resize,
     load_trained,
+    score,
     to_columns,
+    with_noise,
 )
 from torch.testing import assert_close
 
@@ -79,6 +82,24 @@ def test_flags_of_a_run_prevail_over_the_recipe():
     assert (args.num_points, args.seed, args.max_train_steps) == (7, 3, 5)
     assert args.config == {"lora_rank": 2, "lora_alpha": 16, "train_mask_decoder": True, "ellipse_prior": False}
     assert Run("unet").arguments()[:2] == ["--model", "unet"] and "--config" not in Run("unet").arguments()
+
+
+def test_runs_of_a_model_with_a_configuration_of_its_own():
+    usual, same, small = (
+        Run("unet", flags=flags) for flags in ("", "--config num_res_units=2", "--config channels=[8,16]")
+    )
+    assert same.name == usual.name
+    assert small.name == "kvasir_sessile-medical-unet-channels=8x16-seed0"
+    assert "--config" not in usual.arguments() and "lora_rank=16" in Run("convolutional").arguments()
+    assert Run("unet", flags="--num_points 4096").name != usual.name == Run("unet", flags="--num_points 2500").name
+
+
+def test_results_are_of_the_recipes_that_the_tables_have():
+    tasks = runner.make_tasks(runner.parse_args([], runner.FILES), runner.load_tables(runner.FILES))
+    there = [task for task in tasks if task.run and (task.results / task.run.name / "run.json").exists()]
+    assert len(there) > 40
+    for task in there:
+        refuse_other_results(task)
 
 
 def test_every_table_compares_with_rows_that_it_has():
@@ -155,6 +176,49 @@ def test_tasks_survive_the_way_to_another_process(tmp_path):
 
 
 # Scores
+
+
+def test_noise_by_hand(tmp_path):
+    grey = Image.fromarray(np.full((200, 300), 100, np.uint8))
+    noisy = np.asarray(add_noise(grey, 0.1, seed=3), dtype=float) - 100
+    assert noisy.mean() == pytest.approx(0, abs=0.5) and noisy.std() == pytest.approx(25.5, abs=0.5)
+    stronger = np.asarray(add_noise(grey, 0.2, seed=3), dtype=float) - 100  # the same pattern, clipped
+    middle = np.abs(noisy) < 40
+    np.testing.assert_allclose(stronger[middle], 2 * noisy[middle], atol=1.5)
+    assert stronger.min() == -100
+    colour = np.asarray(add_noise(grey.convert("RGB"), 0.1, seed=3), dtype=float)
+    assert colour.shape == (200, 300, 3) and np.abs(np.corrcoef(colour.reshape(-1, 3).T)[0, 1]) < 0.02
+    with pytest.raises(ValueError, match="Expected images of 8 bits .*, got \"?'I;16'\"?: score them without noise"):
+        add_noise(Image.fromarray(np.zeros((4, 4), np.uint16)), 0.1, 0)
+    examples = load_examples(str(write_folder(tmp_path, [disk(40, 60, 20, 20, 9)] * 2)), "all")
+    one, other = with_noise(examples, 0.1), with_noise(examples, 0.1)
+    for index in (1, 0):
+        assert np.array_equal(one[index]["image"], add_noise(examples[index]["image"], 0.1, index))
+        assert np.array_equal(one[index]["image"], other[index]["image"])
+        assert np.array_equal(one[index]["mask"], examples[index]["mask"])
+    pixels = np.asarray([one[index]["image"] for index in (0, 1)])
+    assert not np.array_equal(pixels[0], pixels[1])
+
+
+def test_scores_with_clicks_noise_and_corrections(from_sam, tmp_path, monkeypatch):
+    model, processor = from_sam(), make_processor()
+    examples = load_examples(str(write_folder(tmp_path, [disk(64, 64, 30, 34, 12)] * 2)), "all")
+    usual = Scoring("set", "test")
+    assert replace(usual, prompt="click", noise=0.1, correct="prompts").name == (
+        "set-test-prompt=click-noise=0.1-correct=prompts"
+    )
+    clean, noisy, click = (
+        score(model, processor, examples, one)
+        for one in (usual, replace(usual, noise=0.2), replace(usual, prompt="click"))
+    )
+    expected = evaluate_masks(model, processor, examples, prompt="click")
+    assert click == to_columns(expected) and click["dice"] != clean["dice"]
+    expected = evaluate_masks(model, processor, with_noise(examples, 0.2))
+    assert noisy == to_columns(expected) and noisy["brier"] != clean["brier"]
+    given = {}
+    monkeypatch.setattr("scoring.evaluate_masks", lambda *args, **options: given.update(options) or expected)
+    score(model, processor, examples, replace(usual, correct="dropout"))
+    assert given["correct"] == "dropout"
 
 
 def test_upsampling_is_bilinear_interpolation_at_pixel_centres():
@@ -354,6 +418,13 @@ def test_another_recipe_or_other_images_are_refused(done, tmp_path):
     refuse_another_recipe(path, flags)
     with pytest.raises(SystemExit, match="Expected a run of this recipe in .*, got another num_points: move it away"):
         refuse_another_recipe(path, [*flags, "--num_points", "7"])
+    facts = json.loads(path.read_text())
+    for flag in ("prompt", "spectral_weight", "uncertainty_weight"):
+        del facts["arguments"][flag]
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    refuse_another_recipe(tmp_path / "run.json", flags)
+    with pytest.raises(SystemExit, match="got another prompt: move it away"):
+        refuse_another_recipe(tmp_path / "run.json", [*flags, "--prompt", "click"])
     splits = done.output_dir / done.run.name / "data" / "kvasir_sessile" / "splits.json"
     before = splits.read_text()
     splits.write_text(json.dumps({**json.loads(before), "train": ["a"]}))
