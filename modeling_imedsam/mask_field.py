@@ -102,6 +102,17 @@ class MaskField(ABC):
         """
         return None
 
+    def dropout_fields(self, samples: int, seed: int = 0) -> Sequence["MaskField"]:
+        """
+        This field as so many thinned networks see it, always the same ones for a seed.
+
+        Raises:
+            ValueError: a field without dropout.
+        """
+        raise ValueError(
+            "Expected the field of an implicit decoder for dropout samples, got one without dropout: vary the prompts."
+        )
+
     def selecting_from(self, uncertainty: Tensor) -> "MaskField":
         """This field, refined at the most uncertain ones of a grid's points, (B, P, M, N)."""
         return self
@@ -179,6 +190,7 @@ class ImplicitMaskField(MaskField):
             self.dropout_masks = dropout_masks(
                 config.monte_carlo_samples, weight.shape[-1], config.dropout, weight.device, weight.dtype
             )
+        self.thinning: Tensor | None = None  # the dropout mask of one pass, (D,), in the place of none
         self._threshold: Tensor | None = None
         self._lattice: Tensor | None = None
 
@@ -258,6 +270,17 @@ class ImplicitMaskField(MaskField):
         field.lattice_region = self.lattice_region[rows // self.num_prompts]
         return field
 
+    def dropout_fields(self, samples: int, seed: int = 0) -> list["ImplicitMaskField"]:
+        """
+        Passes with dropout as in training: the coarse head, and the fine field behind it, see the hidden vectors
+        through one mask for all points. Uncertainty, and with it which points are refined, is that of this field.
+        """
+        width, fields = self.coarse_head[0].shape[-1], []
+        for mask in dropout_masks(samples, width, self.config.dropout, self.device, torch.float32, seed):
+            fields.append(self.as_new())
+            fields[-1].thinning = mask
+        return fields
+
     def selecting_from(self, uncertainty: Tensor) -> "ImplicitMaskField":
         field = self.as_new()
         field._threshold = selection_threshold(uncertainty.flatten(0, 1), self.config.selection_share)
@@ -287,7 +310,8 @@ class ImplicitMaskField(MaskField):
         """
         The coarse field at (R, N, 2), or (G, N, 2) for R / G prompts each: encoded points (R, N, C), hidden vectors
         after dropout (R, N, D), what both fields' outputs are added to, logits and uncertainty (R, M, N). While
-        training the logits are one dropout pass, otherwise the pass without dropout.
+        training, and of one of the `dropout_fields`, the logits are one dropout pass, otherwise the pass without
+        dropout.
         """
         encoded, hidden = self._trunk(points)
         prior = self._prior(points)
@@ -296,6 +320,9 @@ class ImplicitMaskField(MaskField):
         uncertainty = self._uncertainty(hidden, logits)
         if self.training:
             hidden = F.dropout(hidden, self.config.dropout)
+            logits = self._coarse_logits(hidden, prior)
+        elif self.thinning is not None:
+            hidden = hidden * self.thinning.to(hidden.dtype)
             logits = self._coarse_logits(hidden, prior)
         return encoded, hidden, prior, logits, uncertainty
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
+from imedsam.false_corrector import FalseCorrector
 from imedsam.frequency import FrequencyBranch, FrequencyView
 from imedsam.image_encoder import IMedSamVisionEncoder
 from imedsam.implicit_decoder import ImplicitDecoder, normalise
@@ -58,6 +59,9 @@ class IMedSamModel(IMedSamPreTrainedModel):
     and `from_pretrained` do so by themselves. Boxes and points are in pixels of `pixel_values`, (0, 0) being the upper
     left corner of the upper left pixel; the processor brings them there.
     """
+
+    # Of the masks, for those who ask for it.
+    false_corrector: FalseCorrector = FalseCorrector()
 
     def __init__(self, config: IMedSamConfig):
         super().__init__(config)

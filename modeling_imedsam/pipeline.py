@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 from imedsam.contours import Contour, find_contours
+from imedsam.false_corrector import SampleKind, correct_false_regions, sample_masks
+from imedsam.mask_field import InterpolatedMaskField
 from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.processing.image_processing_imedsam import sample_pixels
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.sam_checkpoints import only_finding
 
@@ -24,7 +27,8 @@ class Segmentation:
 
     Args:
         masks: (P, M, H, W), bool.
-        logits: (P, M, H, W), float32; a mask is where its logits are positive.
+        logits: (P, M, H, W), float32; a mask is where its logits are positive, unless it was corrected. Logits,
+            uncertainty and scores are of the masks before that.
         uncertainty: (P, M, H, W), float32, variance of the probability, at most 0.25.
         scores: (P, M), float32, the Dice that each mask is expected to have by its own probabilities.
         contours: for each prompt and mask its components, the largest first, in the image's pixels whatever the grid;
@@ -111,7 +115,8 @@ class IMedSamPipeline:
         embeddings = self.model.get_image_embeddings(
             inputs["pixel_values"].to(self.model.device), sizes["reshaped_input_sizes"]
         )
-        self._image = {"image_embeddings": embeddings, **sizes}
+        (grey_values,) = self.processor.image_processor.get_grey_values(image, window)
+        self._image = {"image_embeddings": embeddings, "grey_values": grey_values.to(self.model.device), **sizes}
         self._history = []
 
     @torch.inference_mode()
@@ -126,6 +131,7 @@ class IMedSamPipeline:
         region: Sequence[float] | None = None,
         mode: str | None = None,
         contours: bool = False,
+        correct: SampleKind | None = None,
     ) -> Segmentation:
         """
         Args:
@@ -139,6 +145,9 @@ class IMedSamPipeline:
                 default.
             mode: "exact" or "adaptive", see [`~imedsam.rendering.render`]; adaptive by default where that is of use.
             contours: whether to find the masks' outlines too.
+            correct: corrects the masks where samples of them disagree, by the image's brightness, see
+                [`~imedsam.false_corrector.correct_false_regions`]; with samples by "prompts" like those given or by
+                "dropout", see [`~imedsam.false_corrector.sample_masks`]. Contours then lie half way between pixels.
         """
         image = self._require_image()
         prompts = self.processor.process_prompts(
@@ -160,13 +169,31 @@ class IMedSamPipeline:
         if output_size is None:
             output_size = max(1, round(height)), max(1, round(width))
         rendered = field.render(output_size, square, mode)
-        outlines = None
+        masks, outlines = rendered.logits > 0, None
+        if correct is not None:
+            samples = sample_masks(
+                self.model,
+                image["image_embeddings"],
+                prompts,
+                image["reshaped_input_sizes"],
+                output_size,
+                square,
+                mode,
+                correct,
+            )
+            grey_values = sample_pixels(image["grey_values"], output_size, (x0, y0, x1, y1))
+            masks = correct_false_regions(grey_values, samples, self.model.false_corrector).masks
         if contours:
             pixel = width / output_size[1], height / output_size[0]
-            (outlines,) = find_contours(field, output_size, square, pixel, rendered, origin=(x0, y0))
-        logits = rendered.logits[0].cpu().numpy()
-        uncertainty, scores = rendered.uncertainty[0].cpu().numpy(), rendered.scores[0].cpu().numpy()
-        return Segmentation(logits > 0, logits, uncertainty, scores, outlines)
+            if correct is None:
+                (outlines,) = find_contours(field, output_size, square, pixel, rendered, origin=(x0, y0))
+            else:
+                corrected = InterpolatedMaskField(2 * masks.float() - 1)
+                (outlines,) = find_contours(corrected, output_size, spacing=pixel, origin=(x0, y0))
+        logits, uncertainty, scores = (
+            values[0].cpu().numpy() for values in (rendered.logits, rendered.uncertainty, rendered.scores)
+        )
+        return Segmentation(masks[0].cpu().numpy(), logits, uncertainty, scores, outlines)
 
     def add_box(self, box: Sequence[float]) -> Segmentation:
         """Prompts the object with a box (x0, y0, x1, y1), instead of an earlier box."""

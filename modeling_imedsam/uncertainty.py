@@ -7,6 +7,7 @@ variance is p / (1 - p) * sum_j (w_j h_j)^2, exactly.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,33 @@ from torch import Tensor
 # Nodes and weights with sum_i weight_i f(node_i) = E f(x) for a standard normal x and polynomials f up to degree 15.
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(8)
 _NODES, _WEIGHTS = _NODES.tolist(), (_WEIGHTS / math.sqrt(2 * math.pi)).tolist()
+
+
+@dataclass
+class ProbabilitySamples:
+    """
+    Samples of probabilities, and what they say together.
+
+    Args:
+        values: (N, ...), in [0, 1].
+    """
+
+    values: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.values.mean(dim=0)
+
+    @property
+    def variance(self) -> Tensor:
+        """Of the population, as in Eq. 7; at most 0.25."""
+        return self.values.var(dim=0, correction=0)
+
+    @property
+    def entropy(self) -> Tensor:
+        """Of a label with the mean probability, in nats; at most ln 2."""
+        mean = self.mean
+        return torch.special.entr(mean) + torch.special.entr(1 - mean)
 
 
 def closed_form_variance(hidden: Tensor, logits: Tensor, weight: Tensor, dropout: float) -> Tensor:
@@ -62,12 +90,14 @@ def monte_carlo_variance(hidden: Tensor, logits: Tensor, weight: Tensor, masks: 
         (R, M, N), in [0, 0.25]; population variance, as in Eq. 7.
     """
     probabilities = [torch.sigmoid(logits + (weight * (mask - 1)) @ hidden.transpose(1, 2)) for mask in masks]
-    return torch.stack(probabilities).var(dim=0, correction=0)
+    return ProbabilitySamples(torch.stack(probabilities)).variance
 
 
-def dropout_masks(samples: int, width: int, dropout: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(T, D) masks of inverted dropout, always the same ones."""
-    generator = torch.Generator().manual_seed(0)
+def dropout_masks(
+    samples: int, width: int, dropout: float, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> Tensor:
+    """(T, D) masks of inverted dropout, always the same ones for a seed."""
+    generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(samples, width, generator=generator) >= dropout
     return (keep / (1 - dropout)).to(device, dtype)
 

@@ -117,6 +117,16 @@ class IMedSamImageProcessor(BaseImageProcessor):
         }
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def get_grey_values(self, images: Any, window: Sequence[float] | None = None) -> list[torch.Tensor]:
+        """Intensities as `preprocess` reads them, before they are resized and normalised: the channels' mean.
+
+        Returns:
+            Per image (H, W) float32 in [0, 1], at its own size.
+        """
+        window = self.window if window is None else _check_window(window)
+        read = [_read_intensities(image, window, f"image {i}") for i, image in enumerate(_as_list(images))]
+        return [values.mean(dim=0) for values in read]
+
     def get_reshaped_size(self, height: int, width: int) -> tuple[int, int]:
         """The (height, width) in model pixels that an image of the given size takes in the square."""
         side = self.size["height"]
@@ -233,6 +243,23 @@ def _sample(masks: torch.Tensor, region: Sequence[float], output_size: Sequence[
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None].to(masks)
     sampled = F.grid_sample(masks.flatten(0, 1)[None], grid, padding_mode="border", align_corners=False)
     return sampled.view(*masks.shape[:2], height, width)
+
+
+def sample_pixels(
+    values: torch.Tensor, output_size: Sequence[int], region: Sequence[float] | None = None
+) -> torch.Tensor:
+    """
+    The pixels of (H, W) that hold the pixel centres of another grid, (h, w) = `output_size`.
+
+    Args:
+        region: the rectangle (x0, y0, x1, y1) that the grid covers, in pixels of the values; all of them by default.
+    """
+    x0, y0, x1, y1 = (0, 0, *values.shape[::-1]) if region is None else region
+    rows, columns = (
+        (low + (torch.arange(new, dtype=torch.float64) + 0.5) * (high - low) / new).long().clamp(0, old - 1)
+        for low, high, new, old in zip((y0, x0), (y1, x1), output_size, values.shape, strict=True)
+    )
+    return values[rows.to(values.device)][:, columns.to(values.device)]
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
+from imedsam.false_corrector import default_samples, sample_masks
 from imedsam.mask_field import InterpolatedMaskField
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.processing_imedsam import IMedSamProcessor
@@ -500,3 +501,16 @@ def test_box_mask_models_are_not_taken_for_plain_ones(make, tmp_path):
     with pytest.raises(ValueError, match="Expected a checkpoint of type 'imedsam' at .*'imedsam_box_mask'"):
         IMedSamModel.from_pretrained(tmp_path)
     assert type(load_model(tmp_path)) is BoxMaskModel
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_samples_of_its_masks(make, inputs, method):
+    """Dropout's where there are implicit fields, else jittered boxes', which a U-Net without a prompt ignores."""
+    model, sizes = make(method).eval(), torch.tensor([[64, 64]] * 2)
+    kind = default_samples(model)
+    assert kind == ("dropout" if method.startswith("imedsam") else "prompts")
+    with torch.no_grad():
+        embeddings = model.get_image_embeddings(inputs["pixel_values"])
+    samples = sample_masks(model, embeddings, {"input_boxes": inputs["input_boxes"]}, sizes, (16, 16), kind=kind)
+    assert samples.shape == (5, 2, 2, 1, 16, 16)
+    assert (samples.var(dim=0).amax(dim=(-3, -2, -1)) > 1e-9).all() == (method != "unet_without_prompt")

@@ -9,6 +9,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 Mode = Literal["exact", "adaptive"]  # of rendering
+Correct = Annotated[
+    bool,
+    typer.Option("--correct", help="Correct masks by the brightness of the pixels where samples of them disagree."),
+]
 Base = Annotated[
     str | None, typer.Option("--base-model", help="The SAM of an adapter, if it is not where the adapter says.")
 ]
@@ -67,6 +71,7 @@ def predict(
         tuple[float, float] | None,
         typer.Option(help="Width and height of a pixel in millimetres, for outlines in millimetres."),
     ] = None,
+    correct: Correct = False,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
     base: Base = None,
     revision: Revision = None,
@@ -109,6 +114,7 @@ def predict(
             class_label=class_label,
             contours=contours,
             spacing=spacing,
+            correct=correct,
         )
     for name, result in report.items():
         for mask in result["masks"]:
@@ -181,6 +187,7 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(help="Of jitter, intervals, and the split of data that have none: as in training.", min=0)
     ] = 0,
+    correct: Correct = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda for the process's own GPU.")] = "cpu",
     base: Base = None,
     revision: Revision = None,
@@ -214,6 +221,7 @@ def evaluate(
             device=device,
             base_model=base,
             revision=revision,
+            correct=correct,
         )
     PartialState().destroy_process_group()
     for setting in report.get("settings", ()):

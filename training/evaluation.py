@@ -8,6 +8,8 @@ import torch
 from scipy.special import expit
 from tqdm.auto import tqdm
 
+from imedsam.false_corrector import SampleKind, correct_false_regions, sample_masks
+from imedsam.processing.image_processing_imedsam import sample_pixels
 from imedsam.training.calibration import calibration_metrics
 from imedsam.training.data import check_prompt, collate_prompts, encode, innermost_click, jitter_box, split_by_class
 from imedsam.training.examples import Examples
@@ -60,16 +62,18 @@ class Prediction:
     What a model says about an object, on the same grid.
 
     Args:
-        logits: (H, W), float32; the mask is where they are positive.
+        logits: (H, W), float32; the mask is where they are positive, unless it was corrected.
         uncertainty: (H, W), float32.
+        corrected: (H, W), bool, the corrected mask, if that was asked for.
     """
 
     logits: np.ndarray
     uncertainty: np.ndarray
+    corrected: np.ndarray | None = None
 
     @property
     def mask(self) -> np.ndarray:
-        return self.logits > 0
+        return self.logits > 0 if self.corrected is None else self.corrected
 
     @property
     def probability(self) -> np.ndarray:
@@ -93,6 +97,7 @@ def evaluate_masks(
     metrics: Collection[str] = METRIC_GROUPS,
     spacing: tuple[float, float] | None = None,
     tolerance: float = 1.0,
+    correct: SampleKind | None = None,
 ) -> MetricTable:
     """
     Prompts the model with the box of each object, or a click on it, and compares the masks; images without an object
@@ -112,6 +117,8 @@ def evaluate_masks(
         spacing: (height, width) of an image's pixel, such as in millimetres, which distances are then in. By default
             distances are in pixels of what is compared.
         tolerance: of the surface Dice, in the same unit.
+        correct: "prompts" or "dropout" corrects the masks as `IMedSamPipeline.predict` does. Calibration is of the
+            probabilities, which stay as they are.
 
     Returns:
         A row per object, in the order of the examples, named after the image, and the class if the masks are label
@@ -131,6 +138,7 @@ def evaluate_masks(
         indices=indices,
         progress=progress,
         spacing=spacing,
+        correct=correct,
     ):
         table.add(prompted.name, prediction_metrics(prompted, prediction, metrics, tolerance))
     return table
@@ -208,6 +216,7 @@ def predict_objects(
     progress: bool = True,
     description: str = "Evaluating",
     spacing: tuple[float, float] | None = None,
+    correct: SampleKind | None = None,
 ) -> Iterator[tuple[PromptedObject, Prediction]]:
     """
     What the model says about each object when prompted with its box or a click; arguments as in `evaluate_masks`, and
@@ -225,7 +234,7 @@ def predict_objects(
                 ]
                 shown = [(image, objects) for image, objects in read if objects]
                 if shown:
-                    yield from _predict_batch(model, processor, shown, mode)
+                    yield from _predict_batch(model, processor, shown, mode, correct)
                 bar.update(len(batch))
     finally:
         model.train(training)
@@ -267,7 +276,7 @@ def sample_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return mask[np.ix_(rows, columns)]
 
 
-def _predict_batch(model, processor, batch, mode):
+def _predict_batch(model, processor, batch, mode, correct=None):
     items = [
         encode(
             processor,
@@ -283,19 +292,24 @@ def _predict_batch(model, processor, batch, mode):
         inputs["pixel_values"], reshaped_input_sizes=inputs["reshaped_input_sizes"]
     )
     regions = processor.get_image_regions(inputs["original_sizes"], inputs["reshaped_input_sizes"])
-    for position, (_, objects) in enumerate(batch):
-        one = slice(position, position + 1)
+    for position, (image, objects) in enumerate(batch):
+        one, size = slice(position, position + 1), objects[0].target.shape
         present = inputs["prompt_attention_mask"][position]
-        field = model.get_mask_field(
-            embeddings[one],
-            **{key: inputs[key][one, present] for key in PROMPT_INPUTS if key in inputs},
-            reshaped_input_sizes=inputs["reshaped_input_sizes"][one],
-        )
-        rendered = field.render(objects[0].target.shape, regions[one], mode)
+        prompts = {key: inputs[key][one, present] for key in PROMPT_INPUTS if key in inputs}
+        reshaped = inputs["reshaped_input_sizes"][one]
+        field = model.get_mask_field(embeddings[one], **prompts, reshaped_input_sizes=reshaped)
+        rendered = field.render(size, regions[one], mode)
         logits, uncertainty = (
             values[0, :, 0].float().cpu().numpy() for values in (rendered.logits, rendered.uncertainty)
         )
-        for prompted, *maps in zip(objects, logits, uncertainty, strict=True):
+        corrected: Sequence[np.ndarray | None] = [None] * len(objects)
+        if correct is not None:
+            samples = sample_masks(model, embeddings[one], prompts, reshaped, size, regions[one], mode, correct)
+            (grey_values,) = processor.image_processor.get_grey_values(image)
+            grey_values = sample_pixels(grey_values, size).to(samples.device)
+            masks = correct_false_regions(grey_values, samples, model.false_corrector).masks
+            corrected = list(masks[0, :, 0].cpu().numpy())
+        for prompted, *maps in zip(objects, logits, uncertainty, corrected, strict=True):
             yield prompted, Prediction(*maps)
 
 

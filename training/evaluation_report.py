@@ -15,6 +15,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from imedsam.false_corrector import default_samples
 from imedsam.pipeline import IMedSamPipeline
 from imedsam.training.baselines import load_pipeline
 from imedsam.training.calibration import RETENTION_LEVELS, error_retention_curve, region_around, reliability_bins
@@ -89,6 +90,7 @@ class Protocol:
     mode: str
     seed: int
     batch_size: int
+    correct: bool = False
 
     def prompts(self, setting: Setting) -> dict:
         """The arguments of `get_objects`."""
@@ -105,6 +107,7 @@ class Protocol:
             mode=self.mode,
             batch_size=self.batch_size,
             indices=indices,
+            correct=default_samples(pipeline.model) if self.correct else None,
             **options,
         )
 
@@ -128,6 +131,7 @@ def evaluate_to_folder(
     device: str = "cpu",
     base_model: str | None = None,
     revision: str | None = None,
+    correct: bool = False,
 ) -> dict:
     """
     Evaluates a model, and another one to compare with, at every size and jitter, beside the box and the ellipse.
@@ -150,6 +154,8 @@ def evaluate_to_folder(
         device: "cpu", or any other name for what Accelerate finds.
         base_model: the SAM of the model, if that is an adapter and it is not where the adapter says.
         revision: branch, tag or commit of the model on the Hub; not of the other one.
+        correct: correct the models' masks, with dropout samples where a model has an implicit decoder, else by varied
+            prompts; see `evaluate_masks`.
 
     Returns:
         What metrics.json holds; nothing in processes other than the first.
@@ -182,7 +188,7 @@ def evaluate_to_folder(
     for name, pipeline in pipelines.items():
         check_classes(pipeline, examples, name)
     output.mkdir(parents=True, exist_ok=True)
-    protocol = Protocol(examples, spacing, tolerance, mode, seed, batch_size)
+    protocol = Protocol(examples, spacing, tolerance, mode, seed, batch_size, correct)
     settings = [Setting(size, jitter, prompt=prompt) for size, jitter in product(sizes, box_jitters)]
     for setting in settings:
         for name, pipeline in pipelines.items():
@@ -206,6 +212,7 @@ def evaluate_to_folder(
         "unit": "px" if spacing is None else "mm",
         "mode": mode,
         "prompt": prompt,
+        "correct": correct,
         "seed": seed,
         **provenance(),
         "settings": [_summary(setting, examples, seed) for setting in settings],

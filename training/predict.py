@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from imedsam.contours import to_geojson
+from imedsam.false_corrector import default_samples
 from imedsam.pipeline import IMedSamPipeline, Segmentation
 from imedsam.training.examples import IMAGE_SUFFIXES
 from imedsam.training.pictures import displayable, overlay, uncertainty_picture
@@ -27,6 +28,7 @@ def predict_files(
     class_label: int | None = None,
     contours: Path | None = None,
     spacing: tuple[float, float] | None = None,
+    correct: bool = False,
 ) -> dict:
     """
     Segments image files and writes for each `NAME_mask.png` (0 and 255; `NAME_mask_2.png` and so on for further
@@ -40,6 +42,8 @@ def predict_files(
         class_label: index of the class to segment; by default each box gets the class with the best score.
         contours: a GeoJSON file to write the masks' outlines to.
         spacing: (x, y) size of a pixel, such as in millimetres, which the outlines are then in; in pixels by default.
+        correct: correct the masks by the image's brightness, with dropout samples where the model has an implicit
+            decoder, else with jittered boxes; see `IMedSamPipeline.predict`.
 
     Raises:
         ValueError: some images could not be segmented; the results of the others have been written.
@@ -60,7 +64,13 @@ def predict_files(
             prompts: dict = {"input_boxes": [[list(box) for box in image_boxes]]}
             if class_label is not None:
                 prompts["class_labels"] = [[class_label] * len(image_boxes)]
-            segmentation = pipeline.predict(**prompts, output_size=size, mode=mode, contours=contours is not None)
+            segmentation = pipeline.predict(
+                **prompts,
+                output_size=size,
+                mode=mode,
+                contours=contours is not None,
+                correct=default_samples(pipeline.model) if correct else None,
+            )
         except ValueError as error:  # the other images' results are not lost for it
             errors.append(f"{path}: {error}")
             continue

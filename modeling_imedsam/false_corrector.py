@@ -1,0 +1,236 @@
+"""
+The Dual False Corrector of SF-RecSAM (ECCV 2024): where samples of a mask disagree, the brightness of a pixel decides.
+It has no parameters and follows any model here; the samples are those of varied prompts or of dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from imedsam.uncertainty import ProbabilitySamples
+
+if TYPE_CHECKING:
+    from imedsam.modeling_imedsam import IMedSamModel
+
+SampleKind = Literal["prompts", "dropout"]
+SAMPLE_KINDS: tuple[SampleKind, ...] = ("prompts", "dropout")
+
+
+@dataclass(frozen=True)
+class FalseCorrector:
+    """
+    The corrector's numbers; the defaults are those of the authors' code for breast ultrasound.
+
+    Args:
+        samples: N, the samples of each mask.
+        click_radius: M; clicks are drawn from a disc of the object's shorter side divided by M.
+        foreground: the mask is where the samples' mean exceeds this share of its largest value.
+        suspicion: a pixel is suspicious if its uncertainty lies above this share of the way from the mask's smallest
+            to its largest.
+        brightness: suspicious pixels are of the object if they are less than this times as bright as it is on average.
+        box_jitter: the share of a box's width or height by which each of its sides moves at most, inward or outward;
+            ours, as the authors have clicks alone.
+
+    Raises:
+        ValueError: a number without a meaning.
+    """
+
+    samples: int = 5
+    click_radius: float = 5.0
+    foreground: float = 0.5
+    suspicion: float = 0.9
+    brightness: float = 1.4
+    box_jitter: float = 0.1
+
+    def __post_init__(self) -> None:
+        good = {
+            "samples of at least 1": self.samples >= 1,
+            "click_radius of at least 1": self.click_radius >= 1,
+            "foreground in [0, 1)": 0 <= self.foreground < 1,
+            "suspicion in [0, 1]": 0 <= self.suspicion <= 1,
+            "brightness above 0": self.brightness > 0,
+            "box_jitter in [0, 0.5)": 0 <= self.box_jitter < 0.5,
+        }
+        for expected, holds in good.items():
+            if not holds:
+                raise ValueError(f"Expected {expected}, got {getattr(self, expected.split()[0])}: see FalseCorrector.")
+
+
+@dataclass
+class CorrectedMasks:
+    """
+    Masks with what they were corrected by, (..., H, W) each.
+
+    Args:
+        masks: bool, corrected.
+        mean: of the samples, f.
+        uncertainty: half the entropy of f in nats, at most ln(2) / 2.
+        suspicious: bool, the pixels that could be changed.
+    """
+
+    masks: Tensor
+    mean: Tensor
+    uncertainty: Tensor
+    suspicious: Tensor
+
+
+def correct_false_regions(
+    intensities: Tensor, samples: Tensor, corrector: FalseCorrector | None = None
+) -> CorrectedMasks:
+    """
+    The mask of the samples' mean, in which suspicious pixels are decided anew: background becomes foreground if it is
+    brighter than 0 and less than `brightness` times as bright as the mask on average; foreground becomes background if
+    it is darker than 0 or brighter than that. Each mask is corrected by itself, and one without a pixel is left alone.
+
+    Args:
+        intensities: (..., H, W), grey values as they are: not normalised, since their ratios count and 0 is black.
+        samples: (N, ..., H, W), probabilities; the intensities broadcast to one of them.
+        corrector: its thresholds; the defaults of [`FalseCorrector`] without one.
+
+    Raises:
+        ValueError: intensities of another size.
+    """
+    corrector = FalseCorrector() if corrector is None else corrector
+    statistics = ProbabilitySamples(samples)
+    mean, uncertainty = statistics.mean, statistics.entropy / 2
+    masks = mean > corrector.foreground * mean.amax((-2, -1), keepdim=True)
+    low, high = uncertainty.amin((-2, -1), keepdim=True), uncertainty.amax((-2, -1), keepdim=True)
+    suspicious = uncertainty > low + corrector.suspicion * (high - low)
+    intensities = _on_the_grid(intensities, mean)
+    area = masks.sum((-2, -1), keepdim=True).clamp_min(1)
+    limit = corrector.brightness * (intensities * masks).sum((-2, -1), keepdim=True) / area
+    missed = suspicious & ~masks & (intensities > 0) & (intensities < limit)
+    false = suspicious & masks & ((intensities < 0) | (intensities > limit))
+    return CorrectedMasks((masks | missed) & ~false, mean, uncertainty, suspicious)
+
+
+def _on_the_grid(intensities: Tensor, mean: Tensor) -> Tensor:
+    try:
+        expanded = intensities.to(mean).expand_as(mean)
+    except RuntimeError:
+        expanded = None
+    if expanded is None or intensities.shape[-2:] != mean.shape[-2:]:
+        raise ValueError(
+            f"Expected intensities (..., H, W) for masks of {tuple(mean.shape)}, got {tuple(intensities.shape)}: give "
+            "the image's grey values on the grid of the masks."
+        )
+    return expanded
+
+
+@torch.no_grad()
+def sample_masks(
+    model: IMedSamModel,
+    image_embeddings: Tensor,
+    prompts: Mapping[str, Tensor],
+    reshaped_input_sizes: Tensor,
+    output_size: Sequence[int],
+    region: Tensor | None = None,
+    mode: str | None = None,
+    kind: SampleKind = "prompts",
+    seed: int = 0,
+) -> Tensor:
+    """
+    N = `model.false_corrector.samples` samples of each prompt's masks, as probabilities; the same for the same seed.
+
+    "prompts": N prompts like the one given, decoded in one call. In place of each positive click N are drawn, the
+    click itself not being one of them, from a disc around it in the square that the model sees; its radius is a share
+    of the shorter side of the box of the mask that the prompt predicts (of all classes' masks together), and 0 where
+    that is empty. Sides of boxes move as in training. All stay in the image; negative clicks and mask prompts stay
+    where they are. "dropout": N thinned networks of the implicit decoder, see
+    [`~imedsam.mask_field.MaskField.dropout_fields`]. All prompts get the same draws, so that a prompt's samples do not
+    depend on its companions.
+
+    Args:
+        image_embeddings: (B, C, S / patch, S / patch).
+        prompts: arguments of `model.get_mask_field`, with P prompts per image.
+        reshaped_input_sizes: (B, 2), height and width of each image inside the square.
+        output_size, region, mode: as in [`~imedsam.rendering.render`].
+
+    Returns:
+        (N, B, P, M, H, W).
+
+    Raises:
+        ValueError: another `kind`; "prompts" without boxes or points to vary; "dropout" of a model that has none.
+    """
+    if kind not in SAMPLE_KINDS:
+        raise ValueError(f"Expected samples by one of {', '.join(SAMPLE_KINDS)}, got {kind!r}: choose one.")
+    corrector, sizes = model.false_corrector, reshaped_input_sizes
+    if kind == "dropout":
+        field = model.get_mask_field(image_embeddings, **prompts, reshaped_input_sizes=sizes)
+        fields = field.dropout_fields(corrector.samples, seed)
+        return torch.stack([sample.render(output_size, region, mode).logits.sigmoid() for sample in fields])
+    varied = vary_prompts(model, image_embeddings, prompts, sizes, seed)
+    field = model.get_mask_field(image_embeddings, **varied, reshaped_input_sizes=sizes)
+    logits = field.render(output_size, region, mode).logits
+    return logits.unflatten(1, (corrector.samples, -1)).movedim(1, 0).sigmoid()
+
+
+def default_samples(model: IMedSamModel) -> SampleKind:
+    """Dropout's where the model has an implicit decoder, else those of varied prompts."""
+    # By what it has, since PEFT may wrap it; a convolutional decoder has no dropout.
+    return "dropout" if hasattr(model.implicit_decoder, "coarse") else "prompts"
+
+
+@torch.no_grad()
+def vary_prompts(
+    model: IMedSamModel,
+    image_embeddings: Tensor,
+    prompts: Mapping[str, Tensor],
+    reshaped_input_sizes: Tensor,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """The varied prompts of `sample_masks`, (B, N P, ...): sample n of prompt p is number n P + p."""
+    boxes, points, samples = prompts.get("input_boxes"), prompts.get("input_points"), model.false_corrector.samples
+    if boxes is None and points is None:
+        raise ValueError("Expected boxes or points to vary, got neither: give some, or take dropout samples.")
+    generator, limit = torch.Generator().manual_seed(seed), reshaped_input_sizes.flip(-1)[:, None]  # (B, 1, 2)
+    varied = {name: prompt.repeat(1, samples, *[1] * (prompt.ndim - 2)) for name, prompt in prompts.items()}
+    offsets = 2 * torch.rand(samples, 4, generator=generator) - 1
+    if boxes is not None:
+        extent = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
+        offsets = model.false_corrector.box_jitter * offsets.to(boxes)
+        moved = boxes + offsets[:, None, None] * extent
+        varied["input_boxes"] = _within(moved, limit.repeat(1, 1, 2)).movedim(0, 1).flatten(1, 2)
+    if points is not None:
+        radius = _click_radius(model, image_embeddings, prompts, reshaped_input_sizes)[..., None, None].to(points)
+        moved = points + radius * _draw_from_disc(samples, points.shape[2], generator).to(points)[:, None, None]
+        if (labels := prompts.get("input_labels")) is not None:
+            moved = torch.where(labels[..., None] == 1, moved, points)
+        varied["input_points"] = _within(moved, limit[:, :, None]).movedim(0, 1).flatten(1, 2)
+    return varied
+
+
+def _draw_from_disc(samples: int, points: int, generator: torch.Generator) -> Tensor:
+    """(N, K, 2), evenly from the unit disc; the first points' do not depend on how many there are."""
+    angle, share = torch.rand(points, samples, 2, generator=generator).transpose(0, 1).unbind(-1)
+    return share.sqrt()[..., None] * torch.stack([(2 * math.pi * angle).cos(), (2 * math.pi * angle).sin()], dim=-1)
+
+
+def _within(places: Tensor, limit: Tensor) -> Tensor:
+    return torch.minimum(places.clamp_min(0), limit.to(places))
+
+
+def _click_radius(
+    model: IMedSamModel, image_embeddings: Tensor, prompts: Mapping[str, Tensor], reshaped_input_sizes: Tensor
+) -> Tensor:
+    """(B, P), in pixels of `pixel_values`."""
+    side = model.config.image_size
+    region = torch.full((len(image_embeddings), 4), -1.0)
+    region[:, 2:] = 2 * reshaped_input_sizes.flip(-1) / side - 1
+    field = model.get_mask_field(image_embeddings, **prompts, reshaped_input_sizes=reshaped_input_sizes)
+    masks = (field.render((side, side), region).logits > 0).any(dim=2)  # (B, P, S, S), the image alone
+    extent = torch.stack([_extent(masks.any(dim=-1)), _extent(masks.any(dim=-2))], dim=-1)
+    pixels = extent * reshaped_input_sizes[:, None].to(extent.device) / side
+    return pixels.amin(dim=-1) / model.false_corrector.click_radius
+
+
+def _extent(occupied: Tensor) -> Tensor:
+    """The length from the first to the last True of (..., N); 0 without one."""
+    values = occupied.int()
+    return (values.cummax(-1).values * values.flip(-1).cummax(-1).values.flip(-1)).sum(-1)
