@@ -132,7 +132,8 @@ def train_once(output_dir: Path, flags: list[str]) -> bool:
 
 
 def training_flags(task: Task, run: Run, dataset: str) -> list[str]:
-    places = ["--model_name_or_path", task.starts[run.start], "--output_dir", str(task.output_dir / run.name)]
+    start = task.starts[run.start] if run.first_stage is None else str(task.output_dir / run.first_stage.name)
+    places = ["--model_name_or_path", start, "--output_dir", str(task.output_dir / run.name)]
     return [*run.arguments(task.flags), *places, "--dataset_name", dataset]
 
 

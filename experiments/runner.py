@@ -47,6 +47,7 @@ FILES = (
     "far_spots",
     "improvements",
     "spectral",
+    "sf_recsam",
 )
 
 

@@ -76,6 +76,12 @@ class Run:
         """Says where the run differs from the recipe; what is written out but equal to a default does not count."""
         return _name(self)
 
+    @property
+    def first_stage(self) -> "Run | None":
+        """The run whose model this one trains on; None for a start point."""
+        stage = "--train_corrector"
+        return replace(self, flags=self.flags.replace(stage, "").strip()) if stage in self.flags else None
+
     def arguments(self, extra: Sequence[str] = ()) -> list[str]:
         """The flags of the training script but for folders and files; `extra` ones come last, and so prevail."""
         flags = [*RECIPE.split(), *self._start_flags(), *DATASETS[self.data].split(), *self.flags.split(), *extra]

@@ -9,8 +9,10 @@ from transformers import (
 )
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
+from imedsam.configuration.configuration_sf_recsam import SFRecSamConfig
 from imedsam.mask_field import MaskField
 from imedsam.modeling_imedsam import IMedSamModel, IMedSamOutput
+from imedsam.modeling_sf_recsam import SFRecSamModel
 from imedsam.pipeline import IMedSamPipeline, Segmentation
 from imedsam.processing.image_processing_imedsam import IMedSamImageProcessor
 from imedsam.processing.processing_imedsam import IMedSamProcessor
@@ -24,11 +26,15 @@ __all__ = [
     "IMedSamPipeline",
     "IMedSamProcessor",
     "MaskField",
+    "SFRecSamConfig",
+    "SFRecSamModel",
     "Segmentation",
 ]
 
-AutoConfig.register(IMedSamConfig.model_type, IMedSamConfig, exist_ok=True)
-AutoModel.register(IMedSamConfig, IMedSamModel, exist_ok=True)
-AutoModelForMaskGeneration.register(IMedSamConfig, IMedSamModel, exist_ok=True)
-AutoImageProcessor.register(IMedSamConfig, image_processor_classes={"pil": IMedSamImageProcessor}, exist_ok=True)
-AutoProcessor.register(IMedSamConfig, IMedSamProcessor, exist_ok=True)
+for model_class in (IMedSamModel, SFRecSamModel):
+    config_class = model_class.config_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, model_class, exist_ok=True)
+    AutoModelForMaskGeneration.register(config_class, model_class, exist_ok=True)
+    AutoImageProcessor.register(config_class, image_processor_classes={"pil": IMedSamImageProcessor}, exist_ok=True)
+    AutoProcessor.register(config_class, IMedSamProcessor, exist_ok=True)

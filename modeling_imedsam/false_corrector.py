@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from imedsam.mask_field import MaskField
 from imedsam.uncertainty import ProbabilitySamples
 
 if TYPE_CHECKING:
@@ -100,8 +101,7 @@ def correct_false_regions(
     statistics = ProbabilitySamples(samples)
     mean, uncertainty = statistics.mean, statistics.entropy / 2
     masks = mean > corrector.foreground * mean.amax((-2, -1), keepdim=True)
-    low, high = uncertainty.amin((-2, -1), keepdim=True), uncertainty.amax((-2, -1), keepdim=True)
-    suspicious = uncertainty > low + corrector.suspicion * (high - low)
+    suspicious = suspicious_places(uncertainty, corrector.suspicion)
     intensities = _on_the_grid(intensities, mean)
     area = masks.sum((-2, -1), keepdim=True).clamp_min(1)
     limit = corrector.brightness * (intensities * masks).sum((-2, -1), keepdim=True) / area
@@ -121,6 +121,12 @@ def _on_the_grid(intensities: Tensor, mean: Tensor) -> Tensor:
             "the image's grey values on the grid of the masks."
         )
     return expanded
+
+
+def suspicious_places(uncertainty: Tensor, suspicion: float) -> Tensor:
+    """Where (..., H, W) exceeds this share of the way from its smallest to its largest value; nowhere if constant."""
+    low, high = (extreme(uncertainty, dim=(-2, -1), keepdim=True) for extreme in (torch.amin, torch.amax))
+    return uncertainty > low + suspicion * (high - low)
 
 
 @torch.no_grad()
@@ -165,7 +171,8 @@ def sample_masks(
         field = model.get_mask_field(image_embeddings, **prompts, reshaped_input_sizes=sizes)
         fields = field.dropout_fields(corrector.samples, seed)
         return torch.stack([sample.render(output_size, region, mode).logits.sigmoid() for sample in fields])
-    varied = vary_prompts(model, image_embeddings, prompts, sizes, seed)
+    field = model.get_mask_field(image_embeddings, **prompts, reshaped_input_sizes=sizes)
+    varied = vary_prompts(prompts, field, corrector, model.config.image_size, sizes, seed)
     field = model.get_mask_field(image_embeddings, **varied, reshaped_input_sizes=sizes)
     logits = field.render(output_size, region, mode).logits
     return logits.unflatten(1, (corrector.samples, -1)).movedim(1, 0).sigmoid()
@@ -179,14 +186,21 @@ def default_samples(model: IMedSamModel) -> SampleKind:
 
 @torch.no_grad()
 def vary_prompts(
-    model: IMedSamModel,
-    image_embeddings: Tensor,
     prompts: Mapping[str, Tensor],
+    field: MaskField,
+    corrector: FalseCorrector,
+    image_size: int,
     reshaped_input_sizes: Tensor,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """The varied prompts of `sample_masks`, (B, N P, ...): sample n of prompt p is number n P + p."""
-    boxes, points, samples = prompts.get("input_boxes"), prompts.get("input_points"), model.false_corrector.samples
+    """
+    The varied prompts of `sample_masks`, (B, N P, ...): sample n of prompt p is number n P + p.
+
+    Args:
+        field: of the prompts themselves.
+        image_size: side of `pixel_values`, in whose pixels the prompts are.
+    """
+    boxes, points, samples = prompts.get("input_boxes"), prompts.get("input_points"), corrector.samples
     if boxes is None and points is None:
         raise ValueError("Expected boxes or points to vary, got neither: give some, or take dropout samples.")
     generator, limit = torch.Generator().manual_seed(seed), reshaped_input_sizes.flip(-1)[:, None]  # (B, 1, 2)
@@ -194,11 +208,12 @@ def vary_prompts(
     offsets = 2 * torch.rand(samples, 4, generator=generator) - 1
     if boxes is not None:
         extent = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
-        offsets = model.false_corrector.box_jitter * offsets.to(boxes)
+        offsets = corrector.box_jitter * offsets.to(boxes)
         moved = boxes + offsets[:, None, None] * extent
         varied["input_boxes"] = _within(moved, limit.repeat(1, 1, 2)).movedim(0, 1).flatten(1, 2)
     if points is not None:
-        radius = _click_radius(model, image_embeddings, prompts, reshaped_input_sizes)[..., None, None].to(points)
+        radius = _shorter_side(field, image_size, reshaped_input_sizes) / corrector.click_radius
+        radius = radius[..., None, None].to(points)
         moved = points + radius * _draw_from_disc(samples, points.shape[2], generator).to(points)[:, None, None]
         if (labels := prompts.get("input_labels")) is not None:
             moved = torch.where(labels[..., None] == 1, moved, points)
@@ -216,18 +231,14 @@ def _within(places: Tensor, limit: Tensor) -> Tensor:
     return torch.minimum(places.clamp_min(0), limit.to(places))
 
 
-def _click_radius(
-    model: IMedSamModel, image_embeddings: Tensor, prompts: Mapping[str, Tensor], reshaped_input_sizes: Tensor
-) -> Tensor:
-    """(B, P), in pixels of `pixel_values`."""
-    side = model.config.image_size
-    region = torch.full((len(image_embeddings), 4), -1.0)
+def _shorter_side(field: MaskField, side: int, reshaped_input_sizes: Tensor) -> Tensor:
+    """Of the masks' boxes, (B, P), in pixels of `pixel_values`."""
+    region = torch.full((field.batch_size, 4), -1.0, device=reshaped_input_sizes.device)
     region[:, 2:] = 2 * reshaped_input_sizes.flip(-1) / side - 1
-    field = model.get_mask_field(image_embeddings, **prompts, reshaped_input_sizes=reshaped_input_sizes)
     masks = (field.render((side, side), region).logits > 0).any(dim=2)  # (B, P, S, S), the image alone
     extent = torch.stack([_extent(masks.any(dim=-1)), _extent(masks.any(dim=-2))], dim=-1)
     pixels = extent * reshaped_input_sizes[:, None].to(extent.device) / side
-    return pixels.amin(dim=-1) / model.false_corrector.click_radius
+    return pixels.amin(dim=-1)
 
 
 def _extent(occupied: Tensor) -> Tensor:

@@ -4,21 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imedsam.bottleneck import Bottleneck
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 
 
 class FrequencyBranch(nn.Module):
     """
     A chain of frequency adapters beside the encoder's blocks (paper, Fig. 3). Adapter i turns the frequency tokens
-    f into f <- A_i(LN(f)), and g_i * f is added to the output of block i. The gates g_i start at 0, so that a new
-    branch leaves the encoder exactly as it is.
+    f into f <- y + A_i(y), y = LN(f), and g_i * f is added to the output of block i. The gates g_i start at 0, so that
+    a new branch leaves the encoder exactly as it is.
     """
 
     def __init__(self, config: IMedSamConfig):
         super().__init__()
         vision = config.sam_config.vision_config
         width, depth = vision.hidden_size, vision.num_hidden_layers
-        self.adapters = nn.ModuleList(FrequencyAdapter(width, config.frequency_hidden) for _ in range(depth))
+        self.adapters = nn.ModuleList(Bottleneck(width, config.frequency_hidden) for _ in range(depth))
         self.gates = nn.Parameter(torch.zeros(depth, width))
 
     def forward(self, frequency_tokens: Tensor) -> list[Tensor]:
@@ -31,21 +32,10 @@ class FrequencyBranch(nn.Module):
         """
         injections = []
         for adapter, gate in zip(self.adapters, self.gates, strict=True):
-            frequency_tokens = adapter(F.layer_norm(frequency_tokens, frequency_tokens.shape[-1:]))
+            frequency_tokens = F.layer_norm(frequency_tokens, frequency_tokens.shape[-1:])
+            frequency_tokens = frequency_tokens + adapter(frequency_tokens)
             injections.append(gate * frequency_tokens)
         return injections
-
-
-class FrequencyAdapter(nn.Module):
-    """A(y) = y + W2 GELU(W1 y)."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.down = nn.Linear(width, hidden)
-        self.up = nn.Linear(hidden, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens + self.up(F.gelu(self.down(tokens)))
 
 
 class FrequencyView(nn.Module):

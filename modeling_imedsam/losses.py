@@ -10,28 +10,40 @@ from torch import Tensor
 SMALLEST_UNCERTAINTY = 1e-6
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+def segmentation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    dice_share: float = 0.5,
+    positive_weight: float = 1.0,
+) -> Tensor:
     """
-    0.5 cross entropy + 0.5 Dice (paper, Eq. 8).
+    0.5 cross entropy + 0.5 Dice (paper, Eq. 8), or in other shares.
 
     Args:
         logits: (..., N), one probability per point by a sigmoid.
         labels: (..., N), 0 or 1.
         weights: (..., N), importance weights of the points, of mean 1 over the draws; 1 by default.
+        dice_share: of the Dice loss; the cross entropy's is 1 - dice_share.
+        positive_weight: of the points of label 1 in the cross entropy.
 
     Returns:
         (...,).
     """
-    return 0.5 * cross_entropy_loss(logits, labels, weights) + 0.5 * dice_loss(logits, labels, weights)
+    cross_entropy = cross_entropy_loss(logits, labels, weights, positive_weight)
+    return (1 - dice_share) * cross_entropy + dice_share * dice_loss(logits, labels, weights)
 
 
-def cross_entropy_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+def cross_entropy_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor | None = None, positive_weight: float = 1.0
+) -> Tensor:
     """
     Mean over the points of the weighted binary cross entropy, (..., N) -> (...,). Weights that are the inverse of the
     density which the points were drawn from make it an unbiased estimate of the mean over the image; the Dice loss, a
     ratio of such means, is a consistent one.
     """
-    loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    positive = None if positive_weight == 1.0 else logits.new_tensor(positive_weight)
+    loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none", pos_weight=positive)
     return (loss if weights is None else weights * loss).mean(dim=-1)
 
 

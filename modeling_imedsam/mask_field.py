@@ -373,13 +373,14 @@ class InterpolatedMaskField(MaskField):
 
     Args:
         logits: (B, P, M, H, W).
+        features: (B P, C, H, W), of which a decoder made the logits, for those who look at them again.
     """
 
     default_mode = "exact"
 
-    def __init__(self, logits: Tensor):
+    def __init__(self, logits: Tensor, features: Tensor | None = None):
         super().__init__(logits.shape[0], logits.shape[1], logits.device)
-        self.logits = logits
+        self.logits, self.features = logits, features
 
     def at(self, rows: Tensor) -> "InterpolatedMaskField":
         return InterpolatedMaskField(self.logits.flatten(0, 1)[rows, None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,13 +61,15 @@ class IMedSamModel(IMedSamPreTrainedModel):
     left corner of the upper left pixel; the processor brings them there.
     """
 
+    # Of the loss: Dice's share, and the weight of an object's points in the cross entropy (paper, Eq. 8).
+    dice_share, positive_weight = 0.5, 1.0
     # Of the masks, for those who ask for it.
     false_corrector: FalseCorrector = FalseCorrector()
 
     def __init__(self, config: IMedSamConfig):
         super().__init__(config)
         sam = config.sam_config
-        self.vision_encoder = IMedSamVisionEncoder(sam.vision_config)
+        self.vision_encoder = self._make_vision_encoder(config)
         self.prompt_encoder = PromptEncoder(sam)
         sam.mask_decoder_config._attn_implementation = config._attn_implementation
         self.mask_decoder = PromptFusion(sam.mask_decoder_config)
@@ -153,10 +156,10 @@ class IMedSamModel(IMedSamPreTrainedModel):
             values, labels, point_weights = self._values_at_labels(
                 field, coordinates, labels, point_areas, point_weights, num_points
             )
-            loss = _loss_of_prompts(values, labels, point_weights, coarse_loss_weight)
+            loss = self._loss_of_prompts(values, labels, point_weights, coarse_loss_weight)
             if spectral_loss_weight:
-                both = (values.logits[:, :, 0], labels)
-                spectral = spectral_correlation_loss(*(mask.unflatten(-1, grid) for mask in both))
+                grids = (points.unflatten(-1, grid) for points in (values.logits[:, :, 0], labels))
+                spectral = spectral_correlation_loss(*grids)
                 loss = loss + spectral_loss_weight * spectral
             if uncertainty_loss_weight:
                 guided = uncertainty_guided_loss(values.logits[:, :, 0], labels, point_weights)
@@ -174,6 +177,9 @@ class IMedSamModel(IMedSamPreTrainedModel):
                 output["pred_masks"] = masks.logits.masked_fill(padded, -100.0)
         return IMedSamOutput(**output, image_embeddings=image_embeddings)
 
+    def _make_vision_encoder(self, config: Any) -> Any:
+        return IMedSamVisionEncoder(config.sam_config.vision_config)
+
     def get_image_embeddings(self, pixel_values: Tensor, reshaped_input_sizes: Tensor | None = None) -> Tensor:
         """
         (B, 3, S, S) -> (B, 256, S / patch, S / patch), with gradients where they are enabled.
@@ -182,12 +188,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
             reshaped_input_sizes: (B, 2), height and width of each image inside a padded square. Leave them out where
                 images fill it, to compile this as one graph: their values decide what is computed.
         """
-        size = self.config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"Expected pixel_values of shape (B, 3, {size}, {size}), got {tuple(pixel_values.shape)}: "
-                "use IMedSamProcessor with this model's image_size."
-            )
+        self._check_pixel_values(pixel_values)
         injections = self._injections(pixel_values, reshaped_input_sizes)
         return self.vision_encoder(pixel_values.to(self.dtype), injections)
 
@@ -225,7 +226,8 @@ class IMedSamModel(IMedSamPreTrainedModel):
         encoded = self.prompt_encoder(prompts)
         features, mask_token = self.mask_decoder.fuse(image_embeddings, self.prompt_encoder.image_positions(), encoded)
         if self.implicit_decoder is None or self._adapter_disabled:
-            return InterpolatedMaskField(self.mask_decoder.predict(features, mask_token).unflatten(0, prompts.shape))
+            logits = self.mask_decoder.predict(features, mask_token)
+            return InterpolatedMaskField(logits.unflatten(0, prompts.shape), features)
         if class_labels is None:
             classes = torch.arange(self.config.num_labels, device=features.device).expand(len(features), -1)
         else:
@@ -317,6 +319,25 @@ class IMedSamModel(IMedSamPreTrainedModel):
             )
         return values, labels, point_weights
 
+    def _loss_of_prompts(
+        self, values: FieldValues, labels: Tensor, point_weights: Tensor | None, coarse_loss_weight: float
+    ) -> Tensor:
+        """(B, P)."""
+        labels = labels.to(values.logits.dtype)
+        coarse, merged = (
+            segmentation_loss(logits[:, :, 0], labels, point_weights, self.dice_share, self.positive_weight)
+            for logits in (values.coarse_logits, values.logits)
+        )
+        return coarse_loss_weight * coarse + (1 - coarse_loss_weight) * merged
+
+    def _check_pixel_values(self, pixel_values: Tensor) -> None:
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"Expected pixel_values of shape (B, 3, {size}, {size}), got {tuple(pixel_values.shape)}: "
+                "use IMedSamProcessor with this model's image_size."
+            )
+
     def _check_class_labels(self, class_labels: Tensor | None, shape: tuple[int, int]) -> None:
         if class_labels is None:
             return
@@ -327,16 +348,6 @@ class IMedSamModel(IMedSamPreTrainedModel):
                 f"Expected class_labels in [0, {self.config.num_labels - 1}], got {class_labels.unique().tolist()}: "
                 "the background is no class."
             )
-
-
-def _loss_of_prompts(
-    values: FieldValues, labels: Tensor, point_weights: Tensor | None, coarse_loss_weight: float
-) -> Tensor:
-    """(B, P)."""
-    labels = labels.to(values.logits.dtype)
-    coarse = segmentation_loss(values.coarse_logits[:, :, 0], labels, point_weights)
-    merged = segmentation_loss(values.logits[:, :, 0], labels, point_weights)
-    return coarse_loss_weight * coarse + (1 - coarse_loss_weight) * merged
 
 
 def _mean_over_prompts(loss: Tensor, prompt_attention_mask: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +27,8 @@ from transformers.utils import (
 )
 
 from imedsam.adapters import AdaptedSam
-from imedsam.configuration.configuration_imedsam import CONFIGURATION_KEYS, IMedSamConfig
+from imedsam.bottleneck import SilentLinear
+from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.frequency import FrequencyBranch
 from imedsam.hub_errors import check_token, explain_hub_errors
 from imedsam.image_encoder import resize_positions
@@ -42,9 +44,11 @@ if TYPE_CHECKING:
 class IMedSamPreTrainedModel(AdaptedSam):
     """What every I-MedSAM model can do with its weights."""
 
+    own_parts = r"(frequency_branch|implicit_decoder)\."  # names of the parameters that no SAM has
+
     @classmethod
     def from_sam_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, image_size: int = 384, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike, image_size: int | None = None, **kwargs: Any
     ) -> Self:
         """
         Starts from a checkpoint of the SAM family, with the adapter that the configuration asks for.
@@ -52,17 +56,14 @@ class IMedSamPreTrainedModel(AdaptedSam):
         Args:
             pretrained_model_name_or_path: Hub name or folder of a `SamModel` (`facebook/sam-vit-base`), or the
                 original file of SAM, MedSAM, SAM-Med2D or EfficientSAM (`sam_vit_b_01ec64.pth`).
-            image_size: side of the model's square; positions are resized to it.
-            kwargs: values of [`IMedSamConfig`]; `dtype`, `attn_implementation` and what `from_pretrained` takes to
-                find files (`revision`, `token`, `cache_dir`, `local_files_only`, ...).
+            image_size: side of the model's square, by default the configuration's `default_image_size` (384 for
+                I-MedSAM); positions are resized to it.
+            kwargs: values of the configuration ([`IMedSamConfig`]); `dtype`, `attn_implementation` and what
+                `from_pretrained` takes to find files (`revision`, `token`, `cache_dir`, `local_files_only`, ...).
         """
         loading = {key: kwargs.pop(key) for key in list(kwargs) if key in _LOADING_KEYS}
         sam = load_sam(pretrained_model_name_or_path, **only_finding(loading))
-        sam_config = sam.config.to_dict()
-        sam_config["vision_config"]["image_size"] = sam_config["prompt_encoder_config"]["image_size"] = image_size
-        sam_config["prompt_encoder_config"].pop("image_embedding_size", None)
-        sam_config.pop("_name_or_path", None)  # a folder of this machine, which others need not know
-        config = cls.config_class(sam_config=sam_config, **kwargs)
+        config = cls.config_class.on_sam(sam.config, image_size, **kwargs)
         model = cls._on_sam(sam, config, loading.get("dtype"), loading.get("attn_implementation"))
         if config.lora_rank > 0:
             model.add_adapter()
@@ -131,7 +132,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
     @classmethod
     def _from_adapter(cls, path: str, base: str | os.PathLike | None, finding: dict[str, Any], **kwargs: Any) -> Self:
         """An adapter alone, on its SAM."""
-        values = {key: kwargs.pop(key) for key in list(kwargs) if key in CONFIGURATION_KEYS}
+        values = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.config_class.configuration_keys()}
         if values and "config" in kwargs:
             raise ValueError(f"Expected config or values for it, got both: put {', '.join(values)} into the config.")
         config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path, **finding, **values)
@@ -170,8 +171,8 @@ class IMedSamPreTrainedModel(AdaptedSam):
         model = cls(config)
         state_dict = split_qkv(resize_positions(sam.state_dict, config.sam_config.vision_config))
         missing, unexpected = model.load_state_dict(state_dict, strict=False)
-        new = ("frequency_branch.", "implicit_decoder.", *sam.without)
-        if (missing := [key for key in missing if not key.startswith(new)]) or unexpected:
+        missing = [key for key in missing if not key.startswith(sam.without) and not re.match(cls.own_parts, key)]
+        if missing or unexpected:
             raise ValueError(
                 f"Expected SAM's weights at {sam.name}, got missing {missing} and unexpected {unexpected}."
             )
@@ -300,8 +301,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
         else:
             merged: nn.Module = deepcopy(self).float().merge_and_unload()  # LoRA would drown in half precision
             state_dict = merged.state_dict()
-        own = ("frequency_branch.", "implicit_decoder.")
-        state_dict = fuse_qkv({key: value for key, value in state_dict.items() if not key.startswith(own)})
+        state_dict = fuse_qkv({key: v for key, v in state_dict.items() if not re.match(self.own_parts, key)})
         sam_config = deepcopy(self.config.sam_config)
         sam: nn.Module = SamCheckpoint(str(self.name_or_path), sam_config, state_dict).to_model()
         return cast(SamModel, sam.to(self.device, self.dtype))
@@ -313,6 +313,8 @@ class IMedSamPreTrainedModel(AdaptedSam):
             module.reset_parameters()
         elif isinstance(module, HiddenLinear | HiddenConvolution):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, SilentLinear):
+            init.zeros_(module.weight)
         elif isinstance(module, FrequencyBranch):
             init.zeros_(module.gates)
 
@@ -384,7 +386,7 @@ def _refuse_other_checkpoint(path: str, expected: str, finding: dict[str, Any]) 
     model_type = PreTrainedConfig.get_config_dict(path, **finding)[0].get("model_type")
     if model_type == expected:
         return
-    if str(model_type).startswith(IMedSamConfig.model_type):
+    if str(model_type).startswith((IMedSamConfig.model_type, "sf_recsam")):
         raise ValueError(
             f"Expected a checkpoint of type {expected!r} at {path}, got one of type {model_type!r}: "
             "imedsam.training.baselines.load_model takes what it finds."

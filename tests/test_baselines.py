@@ -18,6 +18,7 @@ from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.false_corrector import default_samples, sample_masks
 from imedsam.mask_field import InterpolatedMaskField
 from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.modeling_sf_recsam import SFRecSamModel
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.training import train
 from imedsam.training.arguments import parse_args
@@ -39,7 +40,7 @@ def make(sam_folder, randomised):
 
     def make(method, image_size=64, seed=0, **values):
         method = METHODS[method]
-        small = {"channels": [4, 8, 16]} if method.model_class is UNetModel else SMALL
+        small = {UNetModel: {"channels": [4, 8, 16]}, SFRecSamModel: {}}.get(method.model_class, SMALL)
         torch.manual_seed(seed)
         model = method.model_class.from_sam_pretrained(
             sam_folder, image_size, **method.get_values({**small, **values})
@@ -69,11 +70,12 @@ def run(sam_folder, tmp_path):
 
 def method_arguments(sam, output, method, flags):
     args = arguments(sam, output, ["--model", method, *flags])
-    if METHODS[method].model_class is not UNetModel:
+    config = {UNetModel: "channels=[8,16,32]", SFRecSamModel: "train_mask_decoder=true"}
+    if (model_class := METHODS[method].model_class) not in config:
         return args
     at = args.index("--config")  # of I-MedSAM
     after = next(i for i, flag in enumerate(args) if i > at and flag.startswith("--"))
-    return [*args[:at], "--config", "channels=[8,16,32]", *args[after:]]
+    return [*args[:at], "--config", config[model_class], *args[after:]]
 
 
 def read(folder):
@@ -92,7 +94,7 @@ def test_a_baseline_is_an_imedsam_model_to_its_callers(make, inputs, method):
     assert output.pred_masks.shape == output.uncertainty.shape == (2, 2, 1, 20, 30)
     assert output.iou_scores.shape == (2, 2, 1) and output.pred_masks.std() > 0.01
     field = model.get_mask_field(model.get_image_embeddings(inputs["pixel_values"]), inputs["input_boxes"])
-    side = 16 if method.startswith("sam_decoder") else 64
+    side = {"sam_decoder": 16, "sam_decoder_box_mask": 16, "sf_recsam": 32}.get(method, 64)
     assert isinstance(field, InterpolatedMaskField) and field.logits.shape == (2, 2, 1, side, side)
     assert_close(field.render((20, 30)).logits, output.pred_masks)
     with pytest.raises(ValueError, match=r"Expected pixel_values of shape \(B, 3, 64, 64\)"):
@@ -125,7 +127,7 @@ def test_one_step_trains_what_the_method_names(make, inputs, method):
     zeros = torch.zeros(2, 2, dtype=torch.long)
     model(**inputs, coordinates=points, labels=labels, class_labels=zeros, num_points=40).loss.backward()
     optimizer.step()
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     names = {id(p): name for name, p in model.named_parameters()}
     parts = {part: {names[id(p)] for p in parameters} for part, parameters in model.parameter_parts().items()}
     sam = {"LoRA", "frequency adapters", "frequency gates", "prompt encoder", "upscaling"}
@@ -133,6 +135,7 @@ def test_one_step_trains_what_the_method_names(make, inputs, method):
         "sam_decoder": {*sam, "mask decoder", "mask head"},
         "sam_decoder_box_mask": {*sam, "mask decoder", "mask head"},
         "convolutional": {*sam, "ellipse prior", "convolutional head"},
+        "sf_recsam": {"positions", "convolutional branch", "cross attention", "adapters"},
         "unet": {"U-Net"},
         "unet_without_prompt": {"U-Net"},
     }.get(method)
@@ -172,7 +175,9 @@ def test_saved_it_comes_back(make, inputs, tmp_path, method):
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trainable
     if METHODS[method].model_class is not IMedSamModel:
-        with pytest.raises(ValueError, match="'imedsam_.*: imedsam.training.baselines.load_model takes what it finds"):
+        with pytest.raises(
+            ValueError, match="'(imedsam_|sf_).*: imedsam.training.baselines.load_model takes what it finds"
+        ):
             IMedSamModel.from_pretrained(tmp_path)
 
 

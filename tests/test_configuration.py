@@ -9,8 +9,10 @@ import re
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import SamConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
+from imedsam.configuration.configuration_sf_recsam import SFRecSamConfig
 from imedsam.training.unet import UNetConfig
 
 
@@ -220,11 +222,12 @@ def test_what_was_saved_before_there_was_a_prior_has_none(tmp_path):
     assert IMedSamConfig.from_pretrained(tmp_path, ellipse_prior=True).ellipse_prior
 
 
-@pytest.mark.parametrize("config_class", [IMedSamConfig, UNetConfig])
+@pytest.mark.parametrize("config_class", [IMedSamConfig, SFRecSamConfig, UNetConfig])
 def test_the_docstring_has_every_value_and_its_default(config_class):
     documented = dict(re.findall(r"^ {4}(\w+) \((.*)\):$", inspect.getdoc(config_class), flags=re.MULTILINE))
     fields = {field.name: field.default for field in dataclasses.fields(config_class)}
-    assert documented.keys() == {*config_class.__annotations__, "id2label"} - {"initializer_range"}
+    own = fields.keys() - {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    assert documented.keys() == {*own, "id2label"} - {"initializer_range"}
     for name, text in documented.items():
         if text.endswith(", optional"):
             assert fields[name] is None

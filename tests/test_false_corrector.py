@@ -232,6 +232,11 @@ def predicting(sam_model, monkeypatch):
     return make
 
 
+def vary(model, embeddings, prompts, sizes, seed=0):
+    field = model.get_mask_field(embeddings, **prompts)
+    return vary_prompts(prompts, field, model.false_corrector, 64, sizes, seed)
+
+
 def test_clicks_lie_in_the_disc_and_fill_it(predicting, embeddings):
     """Of a box of 40 x 20 pixels and M = 5: within 4 pixels, a quarter of them within 2. Labels and others stay."""
     mask = torch.zeros(64, 64)
@@ -239,7 +244,7 @@ def test_clicks_lie_in_the_disc_and_fill_it(predicting, embeddings):
     model = predicting(mask)
     points = torch.tensor([[[[32.0, 20.0], [50.0, 5.0], [0.0, 0.0]], [[1.0, 63.0], [30.0, 30.0], [20.0, 25.0]]]])
     labels = torch.tensor([[[1, 0, -10], [1, 1, 0]]])
-    varied = vary_prompts(model, embeddings, {"input_points": points, "input_labels": labels}, SIZES)
+    varied = vary(model, embeddings, {"input_points": points, "input_labels": labels}, SIZES)
     assert varied["input_points"].shape == (1, 4000, 3, 2)
     clicks = varied["input_points"].unflatten(1, (2000, 2))
     assert torch.equal(varied["input_labels"].unflatten(1, (2000, 2)), labels[:, None].expand(1, 2000, 2, 3))
@@ -251,9 +256,9 @@ def test_clicks_lie_in_the_disc_and_fill_it(predicting, embeddings):
     assert_close(clicks[0, :, 0, 0].mean(dim=0), points[0, 0, 0], atol=0.2, rtol=0)
     assert clicks[0, :, 1, 0].amin() >= 0 and clicks[0, :, 1, 0].amax() == 64  # cut at the lower edge
     # A prompt's clicks are the same beside others and with fewer points.
-    alone = vary_prompts(model, embeddings, {"input_points": points[:, :1, :1]}, SIZES)["input_points"]
+    alone = vary(model, embeddings, {"input_points": points[:, :1, :1]}, SIZES)["input_points"]
     assert_close(alone[0], clicks[0, :, 0, :1], atol=1e-5, rtol=0)
-    other = vary_prompts(model, embeddings, {"input_points": points[:, :1, :1]}, SIZES, seed=1)["input_points"]
+    other = vary(model, embeddings, {"input_points": points[:, :1, :1]}, SIZES, seed=1)["input_points"]
     assert not torch.allclose(alone, other)
 
 
@@ -264,7 +269,7 @@ def test_the_radius_is_of_the_image_alone_and_0_of_an_empty_mask(predicting, emb
     points = torch.full((1, 1, 1, 2), 30.0)
     sizes = torch.tensor([[32, 64]])
     for predicted, radius in ((mask, 22 / 5), (torch.zeros(64, 64), 0.0)):
-        clicks = vary_prompts(predicting(predicted), embeddings, {"input_points": points}, sizes)["input_points"]
+        clicks = vary(predicting(predicted), embeddings, {"input_points": points}, sizes)["input_points"]
         assert (clicks - points).norm(dim=-1).max().item() == pytest.approx(radius, abs=0.2)
         assert clicks[..., 1].max() <= 32
 
@@ -272,7 +277,7 @@ def test_the_radius_is_of_the_image_alone_and_0_of_an_empty_mask(predicting, emb
 def test_boxes_move_as_in_training(sam_model, embeddings, monkeypatch):
     monkeypatch.setattr(sam_model, "false_corrector", FalseCorrector(samples=2000))
     boxes = torch.tensor([[[20.0, 10.0, 50.0, 30.0], [0.0, 0.0, 64.0, 64.0]]])
-    moved = vary_prompts(sam_model, embeddings, {"input_boxes": boxes}, SIZES)["input_boxes"]
+    moved = vary(sam_model, embeddings, {"input_boxes": boxes}, SIZES)["input_boxes"]
     offsets = moved.unflatten(1, (2000, 2))[0] - boxes
     assert_close(offsets[:, 0].amax(dim=0), torch.tensor([3.0, 2.0, 3.0, 2.0]), atol=0.05, rtol=0)
     assert_close(offsets[:, 0].amin(dim=0), -torch.tensor([3.0, 2.0, 3.0, 2.0]), atol=0.05, rtol=0)
@@ -288,7 +293,7 @@ def test_clicks_in_one_call_equal_single_calls(sam_model, embeddings):
     prompts = {"input_points": points, "class_labels": torch.zeros(1, 2, dtype=torch.long)}
     samples = sample_masks(sam_model, embeddings, prompts, SIZES, (20, 30))
     assert samples.shape == (5, 1, 2, 1, 20, 30)
-    clicks = vary_prompts(sam_model, embeddings, prompts, SIZES)["input_points"].unflatten(1, (5, 2))
+    clicks = vary(sam_model, embeddings, prompts, SIZES)["input_points"].unflatten(1, (5, 2))
     for n in range(5):
         for p in range(2):
             field = sam_model.get_mask_field(embeddings, input_points=clicks[:, n, p : p + 1])

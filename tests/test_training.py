@@ -119,6 +119,7 @@ def test_only_what_the_configuration_names_is_trained(sam_folder, trained):
     changed = {id(trainable[name]) for name in changed}
     parts = model.parameter_parts()
     others = {"mask head", "convolutional head", "U-Net", "ellipse prior", "pixel decoder"}
+    others |= {"positions", "convolutional branch", "cross attention", "spectral filter", "adapters"}  # of SF-RecSAM
     assert set(parts) == set(train.LEARNING_RATES) - {"image encoder", "mask decoder"} - others
     for name, parameters in parts.items():
         unchanged = [p for p in parameters if id(p) not in changed]
@@ -450,10 +451,14 @@ def test_training_goes_on_from_an_imedsam_checkpoint(run, trained, sam_folder, l
         train.main(flags)
     with pytest.raises(ValueError, match="{0: 'lesion', 1: 'organ'} in .*: name and number them alike"):
         train.main([*flags, "--dataset_name", str(label_folder)])
-    with pytest.raises(ValueError, match="Expected no --config, --image_size, --resize_mode or --window"):
-        train.main([*flags, "--config", "lora_rank=8"])
-    with pytest.raises(ValueError, match="Expected no --config, --image_size, --resize_mode or --window"):
-        train.main([*flags, "--num_classes", "2", "--window", "-100", "300"])
+    for others, named in (
+        (["--config", "lora_rank=8", "frequency_hidden=4"], "another lora_rank: it"),
+        (["--image_size", "32", "--resize_mode", "longest_side"], "another --image_size, --resize_mode: it"),
+        (["--window", "-100", "300"], "another --window: it"),
+    ):
+        with pytest.raises(ValueError, match=f"Expected the configuration and processor of .*, got {named}"):
+            train.main([*flags, "--num_classes", "2", *others])
+    train.main([*flags, "--num_classes", "2", "--config", "lora_rank=4", "--image_size", "64"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run):

@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add("--num_eval_images", type=positive_int, help="The same for validation and test.")
     add("--num_classes", type=int, choices=(1, 2), default=1, help="Of phantoms: 1 or 2.")
     add("--phantom_size", type=positive_int, default=256, help="Side of phantoms in pixels.")
-    add("--image_size", type=positive_int, help="Side of the model's square; 384 by default.")
+    add("--image_size", type=positive_int, help="Side of the model's square; 384 by default, 256 of SF-RecSAM.")
     add("--resize_mode", choices=RESIZE_MODES, help='"stretch" by default.')
     add(
         "--window",
@@ -91,6 +91,11 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         type=not_negative,
         default=0.0,
         help="Of the loss in which the entropy of the prediction is to say where it errs.",
+    )
+    add(
+        "--train_corrector",
+        action="store_true",
+        help="Second stage: add the learned corrector to an SF-RecSAM checkpoint, and train that alone.",
     )
     add("--label_size", type=positive_int, help="Side of the dense labels; the model's square by default.")
     add(

@@ -8,6 +8,7 @@ same data, prompts, schedule, augmentation and seeds.
 | `imedsam_box_mask` | the same | SAM | the same, and the box rasterised as SAM's mask prompt |
 | `sam_decoder` | SAM's own mask decoder, fine-tuned as in MedSAM | SAM | SAM's prompt encoder |
 | `sam_decoder_box_mask` | the same | SAM | the same, and the box rasterised as SAM's mask prompt |
+| `sf_recsam` | SAM's own mask decoder, frozen | SAM, its encoder fused with convolutions | SAM's prompt encoder |
 | `convolutional` | convolutions of as many parameters | SAM | as `imedsam` |
 | `unet` | MONAI's U-Net | nothing | a fourth channel |
 | `unet_without_prompt` | MONAI's U-Net | nothing | - |
@@ -27,6 +28,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
 from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.modeling_sf_recsam import SFRecSamModel
 from imedsam.pipeline import IMedSamPipeline
 from imedsam.sam_checkpoints import only_finding
 from imedsam.training.box_mask import BoxMaskModel
@@ -122,6 +124,9 @@ METHODS = {
         BoxMaskModel,
         "A baseline of I-MedSAM: SAM's own mask decoder, fine-tuned with the box as a mask prompt beside its corners",
         {"implicit_decoder": False},
+    ),
+    "sf_recsam": Method(
+        SFRecSamModel, "SF-RecSAM (SAM for breast ultrasound with spatial and frequency features, ECCV 2024)"
     ),
     "convolutional": Method(
         ConvolutionalModel, "A baseline of I-MedSAM: convolutions in the place of the implicit decoder"

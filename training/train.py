@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.modeling_sf_recsam import SFRecSamModel
 from imedsam.processing.image_processing_imedsam import IMedSamImageProcessor
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.training.arguments import parse_args
@@ -55,6 +56,12 @@ LEARNING_RATES = {
     "upscaling": "adapter_learning_rate",
     "image encoder": "encoder_learning_rate",
     "mask decoder": "encoder_learning_rate",
+    "positions": "adapter_learning_rate",
+    "convolutional branch": "learning_rate",
+    "cross attention": "learning_rate",
+    "spectral filter": "learning_rate",
+    "adapters": "learning_rate",
+    "learned corrector": "learning_rate",
 }
 LAST_COARSE_WEIGHT = 0.1
 
@@ -284,17 +291,25 @@ def get_model_and_processor(args: argparse.Namespace, examples: Examples) -> tup
     """Of the method, from a SAM checkpoint, or from one of its own to train on."""
     path, method = args.model_name_or_path, METHODS[args.method]
     if find_model_class(path) is None:
+        if args.train_corrector:
+            raise ValueError(
+                f"Expected an SF-RecSAM checkpoint for --train_corrector, got a SAM at {path}: train it first."
+            )
         model = method.model_class.from_sam_pretrained(
-            path, image_size=args.image_size or 384, id2label=examples.id2label, **method.get_values(args.config)
+            path, image_size=args.image_size, id2label=examples.id2label, **method.get_values(args.config)
         )
         size, mode = model.config.image_size, args.resize_mode or "stretch"
         return model, IMedSamProcessor(IMedSamImageProcessor(size=size, resize_mode=mode, window=args.window))
-    if args.config or args.image_size or args.resize_mode or args.window:
+    model, processor = load_model(path), IMedSamProcessor.from_pretrained(path)
+    changed = [key for key, value in args.config.items() if getattr(model.config, key) != value]
+    own = {"image_size": model.config.image_size, "resize_mode": processor.image_processor.resize_mode}
+    own["window"] = processor.image_processor.window and list(processor.image_processor.window)
+    changed += [f"--{key}" for key, value in own.items() if getattr(args, key) not in (None, value)]
+    if changed:
         raise ValueError(
-            f"Expected no --config, --image_size, --resize_mode or --window with {path}, got some: it is an I-MedSAM "
-            "checkpoint and keeps its own; start from a SAM checkpoint to change them."
+            f"Expected the configuration and processor of {path}, got another {', '.join(changed)}: it is a "
+            "checkpoint to train on and keeps its own; start from a SAM checkpoint to change them."
         )
-    model = load_model(path)
     if not method.made(model):
         made = [name for name, other in METHODS.items() if other.made(model)]
         raise ValueError(f"Expected --model {made[-1]}, which {path} was trained with, got {args.method}.")
@@ -308,7 +323,20 @@ def get_model_and_processor(args: argparse.Namespace, examples: Examples) -> tup
             f"Expected the classes {model.config.id2label} in {args.dataset_name}, which {path} was trained for, got "
             f"{examples.id2label}: name and number them alike, or start from a SAM checkpoint."
         )
-    return model, IMedSamProcessor.from_pretrained(path)
+    if args.train_corrector:
+        add_corrector(model, path)
+    return model, processor
+
+
+def add_corrector(model: IMedSamModel, path: str) -> None:
+    """The second stage's start."""
+    if not isinstance(model, SFRecSamModel):
+        raise ValueError(
+            f"Expected an SF-RecSAM checkpoint for --train_corrector, got one of type {model.config.model_type!r} at "
+            f"{path}: any model's masks are corrected without parameters by `imedsam predict --correct`."
+        )
+    if model.corrector is None:  # else it is trained on
+        model.add_corrector()
 
 
 def get_dataloaders(args: argparse.Namespace, examples: Examples, processor: IMedSamProcessor) -> DataLoader:

@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from imedsam.configuration.configuration_imedsam import INHERITED_KEYS
+from imedsam.configuration.sam_based import INHERITED_KEYS
 from imedsam.mask_field import InterpolatedMaskField, MaskField
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.prompt_fusion import Prompts
@@ -100,18 +100,14 @@ class UNetModel(IMedSamModel):
 
     @classmethod
     def from_sam_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, image_size: int = 384, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike, image_size: int | None = None, **kwargs: Any
     ) -> "UNetModel":
         """A new U-Net: nothing is taken from the SAM."""
-        return cls(cls.config_class(image_size=image_size, **kwargs)).eval()
+        size = UNetConfig.image_size if image_size is None else image_size
+        return cls(cls.config_class(image_size=size, **kwargs)).eval()
 
     def get_image_embeddings(self, pixel_values: Tensor, reshaped_input_sizes: Tensor | None = None) -> Tensor:
-        size = self.config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"Expected pixel_values of shape (B, 3, {size}, {size}), got {tuple(pixel_values.shape)}: "
-                "use IMedSamProcessor with this model's image_size."
-            )
+        self._check_pixel_values(pixel_values)
         return pixel_values.to(self.dtype)
 
     def get_mask_field(

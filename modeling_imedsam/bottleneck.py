@@ -1,0 +1,30 @@
+"""A bottleneck adapter, and layers that add nothing until they are trained."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.sam.modeling_sam import SamLayerNorm
+
+
+class Bottleneck(nn.Module):
+    """
+    A(y) = W2 GELU(W1 y), (..., C) -> (..., C).
+
+    Args:
+        silent: start at A(y) = 0.
+    """
+
+    def __init__(self, width: int, hidden: int, silent: bool = False):
+        super().__init__()
+        self.down = nn.Linear(width, hidden)
+        self.up = SilentLinear(hidden, width) if silent else nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.up(F.gelu(self.down(tokens)))
+
+
+class SilentLinear(nn.Linear):
+    """A linear layer whose weights start at 0."""
+
+
+class SilentLayerNorm(SamLayerNorm):
+    """A norm whose weights start at 0."""

@@ -1,0 +1,46 @@
+"""The learned corrector of false regions: two small heads that look at the suspicious places of a mask again."""
+
+import torch
+from torch import Tensor, nn
+
+from imedsam.bottleneck import SilentLinear
+from imedsam.false_corrector import suspicious_places
+from imedsam.implicit_decoder import HiddenLinear
+from imedsam.uncertainty import ProbabilitySamples
+
+
+class LearnedCorrector(nn.Module):
+    """
+    After a review of SF-RecSAM, which names two correctors, of false positives and of false negatives, trained in a
+    second stage on places of high uncertainty; their form is ours. Each is an MLP on what SAM's decoder knows of a
+    place and on what several decodings say of it. One lowers the logits of suspicious places inside the mask, the
+    other raises those outside of it; all other places stay as they are, and with a new corrector those too.
+
+    Args:
+        channels: C of the decoder's features.
+        suspicion: share of the range of the uncertainty above which a place is suspicious.
+    """
+
+    def __init__(self, channels: int, suspicion: float):
+        super().__init__()
+        self.suspicion = suspicion
+        self.false_positive, self.false_negative = (
+            nn.Sequential(HiddenLinear(channels + 3, channels), nn.ReLU(), SilentLinear(channels, 1)) for _ in range(2)
+        )
+
+    def forward(self, logits: Tensor, features: Tensor, samples: Tensor) -> Tensor:
+        """
+        Args:
+            logits: (R, 1, H, W), of R masks.
+            features: (R, C, H, W), of the decoder.
+            samples: (N, R, 1, H, W), probabilities of N decodings of each.
+
+        Returns:
+            Logits, (R, 1, H, W).
+        """
+        statistics = ProbabilitySamples(samples.float())
+        entropy = statistics.entropy
+        seen = [features, logits, statistics.mean, entropy]
+        places = torch.cat([values.to(features.dtype) for values in seen], dim=1).movedim(1, -1)
+        lowered, raised = (head(places).movedim(-1, 1) for head in (self.false_positive, self.false_negative))
+        return logits + suspicious_places(entropy, self.suspicion) * torch.where(logits > 0, -lowered, raised)
