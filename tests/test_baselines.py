@@ -429,6 +429,24 @@ def test_an_interrupted_run_ends_with_the_same_weights(run, monkeypatch, method)
     assert read(straight)["history"] == read(resumed)["history"]
 
 
+def test_a_second_stage_trains_sf_recsams_corrector_alone(run, sam_folder, tmp_path):
+    steps = ("--max_train_steps", 2, "--prompt", "click")
+    first = run("sf_recsam", *steps)
+    flags = ["--model_name_or_path", str(first), "--train_corrector"]
+    second = run("sf_recsam", *steps, *flags, name="second")
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert {key.partition(".")[0] for key in after.keys() - before.keys()} == {"corrector"}
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert set(read(second)["trainable_parameters"]) == {"learned corrector"}
+    third = run("sf_recsam", *steps, "--model_name_or_path", str(second), "--train_corrector", name="third")
+    assert load_model(third).corrector is not None and load_file(third / "model.safetensors").keys() == after.keys()
+    with pytest.raises(ValueError, match="Expected an SF-RecSAM checkpoint for --train_corrector, got a SAM at"):
+        run("sf_recsam", *steps, "--train_corrector", name="none")
+    unet = run("unet", "--max_train_steps", 1)
+    with pytest.raises(ValueError, match="got one of type 'imedsam_unet' at"):
+        run("unet", "--max_train_steps", 1, "--train_corrector", "--model_name_or_path", str(unet), name="none")
+
+
 def test_training_goes_on_from_a_baseline(run, sam_folder, tmp_path):
     flags = ["--max_train_steps", 1, "--num_train_images", 1, "--num_eval_images", 1]
     folder = run("unet", *flags)

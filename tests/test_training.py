@@ -120,6 +120,7 @@ def test_only_what_the_configuration_names_is_trained(sam_folder, trained):
     parts = model.parameter_parts()
     others = {"mask head", "convolutional head", "U-Net", "ellipse prior", "pixel decoder"}
     others |= {"positions", "convolutional branch", "cross attention", "spectral filter", "adapters"}  # of SF-RecSAM
+    others |= {"learned corrector"}
     assert set(parts) == set(train.LEARNING_RATES) - {"image encoder", "mask decoder"} - others
     for name, parameters in parts.items():
         unchanged = [p for p in parameters if id(p) not in changed]
