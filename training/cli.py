@@ -52,6 +52,10 @@ def predict(
         Path | None,
         typer.Option(help=r'JSON file {"name.png": [\[x0, y0, x1, y1], ...]}, for several boxes or images.'),
     ] = None,
+    click: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="x y on the object instead of a box, for a model trained with --prompt click."),
+    ] = None,
     size: Annotated[
         tuple[int, int] | None, typer.Option(help="Height and width of the masks; the image's own by default.")
     ] = None,
@@ -76,14 +80,16 @@ def predict(
     base: Base = None,
     revision: Revision = None,
 ) -> None:
-    """Segment what is in the boxes: mask, overlay and uncertainty as PNG, and report.json."""
+    """Segment what is in the boxes, or under the click: mask, overlay and uncertainty as PNG, and report.json."""
     import torch
 
     from imedsam.training.baselines import load_pipeline
     from imedsam.training.predict import find_images, predict_files, read_boxes
 
-    if (box is None) == (boxes is None):
-        raise typer.BadParameter("Expected boxes by --box x0 y0 x1 y1 or by --boxes FILE, got both or neither.")
+    if sum(prompt is not None for prompt in (box, boxes, click)) != 1:
+        raise typer.BadParameter(
+            "Expected one of --box x0 y0 x1 y1, --boxes FILE and --click x y, got another number."
+        )
     if spacing is not None and (contours is None or min(spacing) <= 0):
         raise typer.BadParameter(
             f"Expected --spacing to be positive and together with --contours, got {spacing} and contours {contours}."
@@ -97,7 +103,7 @@ def predict(
         raise typer.BadParameter(f"Expected another folder for the results than that of the images, {image}.")
     with explain_errors():
         images = find_images(image)
-        prompts = read_boxes(boxes, images) if boxes is not None else {path: [box] for path in images if box}
+        prompts = read_boxes(boxes, images) if boxes is not None else {path: [box or click or ()] for path in images}
         check_model_name("--model", model, revision)
         pipeline = load_pipeline(model, device, base_model_name_or_path=base, revision=revision)
         classes = pipeline.model.config.label2id

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 # What a picture shows: the object with this share of its box's longer side around it.
 CONTEXT = 0.5
-# Half the side of the square that stands for a click, as a share of the image's longer side.
-CLICK = 0.01
 LONGEST_NAME = 40  # of a model, in characters
 Case = tuple[Image.Image, PromptedObject, dict[str, tuple[Prediction, float]]]
 
@@ -102,7 +100,7 @@ def draw_cases(cases: Sequence[Case], path: Path) -> None:
     for image, prompted, predictions in cases:
         target, cut = prompted.target, _window(prompted)
         picture = displayable(image).resize(target.shape[::-1], Image.Resampling.BILINEAR)
-        shown = _shown_prompt(prompted)
+        shown = prompted.box if prompted.click is None else prompted.click
         pictures = [overlay(picture, target[None] & False, [shown]), overlay(picture, target[None])]
         for prediction, _ in predictions.values():
             largest = prediction.uncertainty.max()
@@ -117,14 +115,6 @@ def draw_cases(cases: Sequence[Case], path: Path) -> None:
     for name in cases[0][2]:
         titles += [_broken(name), "uncertainty"]
     save_sheet(rows, titles, path, names)
-
-
-def _shown_prompt(prompted: PromptedObject) -> list[float]:
-    """The box, or a small one around the click."""
-    if prompted.click is None:
-        return prompted.box.tolist()
-    radius = max(1.0, CLICK * max(prompted.target.shape))
-    return [*(prompted.click - radius), *(prompted.click + radius)]
 
 
 def _window(prompted: PromptedObject) -> tuple[int, int, int, int]:

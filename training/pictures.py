@@ -12,16 +12,17 @@ MASK_COLOURS = ((255, 196, 0), (0, 200, 255), (255, 64, 160), (120, 230, 80))
 def overlay(
     image: Image.Image,
     masks: np.ndarray,
-    boxes: Sequence[Sequence[float]] = (),
+    prompts: np.ndarray | Sequence[Sequence[float] | np.ndarray] = (),
     curves: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> Image.Image:
     """
-    Draws masks, tinted and outlined, and boxes over an image.
+    Draws masks, tinted and outlined, and prompts over an image.
 
     Args:
         image: resized to the masks' size if it has another one.
         masks: (P, H, W), bool, a colour each.
-        boxes: (x0, y0, x1, y1) in pixels of the masks, the corner of the first pixel being (0, 0).
+        prompts: boxes (x0, y0, x1, y1) or clicks (x, y) in pixels of the masks, the corner of the first pixel being
+            (0, 0).
         curves: the masks' outlines, of (N, 2) points in the same frame; by default pixels along the edge.
     """
     height, width = masks.shape[-2:]
@@ -34,7 +35,11 @@ def overlay(
         canvas += edge[..., None] * (colour - canvas)
     picture = Image.fromarray(canvas.round().astype(np.uint8))
     draw = ImageDraw.Draw(picture)
-    for x0, y0, x1, y1 in boxes:
+    for prompt in prompts:
+        if len(prompt) == 2:
+            draw.circle(tuple(prompt), 2 * thickness, outline=(0, 0, 0), fill=(255, 255, 255))
+            continue
+        x0, y0, x1, y1 = prompt
         draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=(255, 255, 255), width=thickness)
     return picture
 

@@ -16,11 +16,12 @@ from imedsam.training.pictures import displayable, overlay, uncertainty_picture
 from imedsam.training.report import write_json
 
 Box = Sequence[float]
+Click = Sequence[float]  # (x, y) on the object
 
 
 def predict_files(
     pipeline: IMedSamPipeline,
-    boxes: Mapping[Path, Sequence[Box]],
+    prompts: Mapping[Path, Sequence[Box] | Sequence[Click]],
     output_dir: Path,
     size: tuple[int, int] | None = None,
     mode: str | None = None,
@@ -32,40 +33,43 @@ def predict_files(
 ) -> dict:
     """
     Segments image files and writes for each `NAME_mask.png` (0 and 255; `NAME_mask_2.png` and so on for further
-    boxes), `NAME_overlay.png` and `NAME_uncertainty.png`, and for all of them `report.json`.
+    prompts), `NAME_overlay.png` and `NAME_uncertainty.png`, and for all of them `report.json`.
 
     Args:
-        boxes: the boxes (x0, y0, x1, y1) to prompt with, in pixels of each image.
+        prompts: the boxes (x0, y0, x1, y1), or the clicks (x, y), to prompt with, in pixels of each image.
         size: (height, width) of what is written; each image's own by default.
         mode: of rendering, "exact" or "adaptive"; adaptive where that is possible by default.
         window: (low, high) of the intensities to see, for 16-bit and float images.
-        class_label: index of the class to segment; by default each box gets the class with the best score.
+        class_label: index of the class to segment; by default each prompt gets the class with the best score.
         contours: a GeoJSON file to write the masks' outlines to.
         spacing: (x, y) size of a pixel, such as in millimetres, which the outlines are then in; in pixels by default.
         correct: correct the masks by the image's brightness, with dropout samples where the model has an implicit
-            decoder, else with jittered boxes; see `IMedSamPipeline.predict`.
+            decoder, else with varied prompts; see `IMedSamPipeline.predict`.
 
     Raises:
         ValueError: some images could not be segmented; the results of the others have been written.
 
     Returns:
-        The report: per image its size, boxes, and per box the class, the area in pixels, the score and the mean
-        uncertainty.
+        The report: per image its size, boxes or clicks, and for each of them the class, the area in pixels, the score
+        and the mean uncertainty.
     """
     for folder in (output_dir, *([] if contours is None else [contours.parent])):
         folder.mkdir(parents=True, exist_ok=True)
     report: dict[str, dict] = {}
     features: list[dict] = []
     errors: list[str] = []
-    for path, image_boxes in tqdm(boxes.items(), desc="Segmenting", unit="image"):
+    for path, of_image in tqdm(prompts.items(), desc="Segmenting", unit="image"):
+        kind = "clicks" if len(of_image[0]) == 2 else "boxes"
+        given: dict = {"input_boxes": [[list(box) for box in of_image]]}
+        if kind == "clicks":
+            given = {"input_points": [[[list(click)] for click in of_image]]}
+        if class_label is not None:
+            given["class_labels"] = [[class_label] * len(of_image)]
         try:
             image = read_image(path)
             pipeline.set_image(image, window)
-            prompts: dict = {"input_boxes": [[list(box) for box in image_boxes]]}
-            if class_label is not None:
-                prompts["class_labels"] = [[class_label] * len(image_boxes)]
             segmentation = pipeline.predict(
-                **prompts,
+                **given,
                 output_size=size,
                 mode=mode,
                 contours=contours is not None,
@@ -74,10 +78,10 @@ def predict_files(
         except ValueError as error:  # the other images' results are not lost for it
             errors.append(f"{path}: {error}")
             continue
-        _write_pictures(output_dir / path.stem, displayable(image, window), image_boxes, segmentation)
+        _write_pictures(output_dir / path.stem, displayable(image, window), of_image, segmentation)
         report[path.name] = {
             "size": list(segmentation.masks.shape[-2:]),
-            "boxes": [list(box) for box in image_boxes],
+            kind: [list(prompt) for prompt in of_image],
             "masks": [
                 {
                     "class": pipeline.model.config.id2label[best if class_label is None else class_label],
@@ -85,16 +89,19 @@ def predict_files(
                     "score": float(score),
                     "uncertainty": float(uncertainty.mean()),
                 }
-                for best, mask, score, uncertainty in _per_box(segmentation)
+                for best, mask, score, uncertainty in _per_prompt(segmentation)
             ],
         }
         if segmentation.contours is not None:
-            for index, (best, *_) in enumerate(_per_box(segmentation)):
+            for index, (best, *_) in enumerate(_per_prompt(segmentation)):
                 found, unit = segmentation.contours[index][best], np.array(spacing or (1.0, 1.0))
                 properties = {"image": path.name, **report[path.name]["masks"][index]}
                 # In the unit of the coordinates, whatever the masks' size.
                 properties["area"] = float(sum(contour.area for contour in found) * unit.prod())
-                properties["box"] = (np.array(image_boxes[index]) * np.tile(unit, 2)).tolist()
+                prompt = np.array(of_image[index])
+                properties[{"boxes": "box", "clicks": "click"}[kind]] = (
+                    prompt * np.resize(unit, len(prompt))
+                ).tolist()
                 if spacing is not None:
                     properties["spacing"] = list(spacing)
                 features.append(to_geojson(found, properties, tuple(unit)))
@@ -102,7 +109,7 @@ def predict_files(
     if contours is not None:
         write_json(contours, {"type": "FeatureCollection", "features": features})
     if errors:
-        raise ValueError(f"{len(errors)} of {len(boxes)} images could not be segmented. " + "\n".join(errors))
+        raise ValueError(f"{len(errors)} of {len(prompts)} images could not be segmented. " + "\n".join(errors))
     return report
 
 
@@ -162,8 +169,8 @@ def _is_list_of_boxes(boxes) -> bool:
     )
 
 
-def _per_box(segmentation: Segmentation):
-    """Index, mask, score and uncertainty of each box's best mask: with several classes the one with the best score."""
+def _per_prompt(segmentation: Segmentation):
+    """Index, mask, score and uncertainty of each prompt's best mask, which with several classes has the best score."""
     for masks, scores, uncertainties in zip(
         segmentation.masks, segmentation.scores, segmentation.uncertainty, strict=True
     ):
@@ -171,8 +178,10 @@ def _per_box(segmentation: Segmentation):
         yield best, masks[best], scores[best], uncertainties[best]
 
 
-def _write_pictures(prefix: Path, image: Image.Image, boxes: Sequence[Box], segmentation: Segmentation) -> None:
-    best, masks, _, uncertainties = (np.stack(parts) for parts in zip(*_per_box(segmentation), strict=True))
+def _write_pictures(
+    prefix: Path, image: Image.Image, prompts: Sequence[Box] | Sequence[Click], segmentation: Segmentation
+) -> None:
+    best, masks, _, uncertainties = (np.stack(parts) for parts in zip(*_per_prompt(segmentation), strict=True))
     for index, mask in enumerate(masks):
         suffix = "mask" if index == 0 else f"mask_{index + 1}"
         Image.fromarray(mask.astype(np.uint8) * 255).save(f"{prefix}_{suffix}.png")
@@ -184,7 +193,6 @@ def _write_pictures(prefix: Path, image: Image.Image, boxes: Sequence[Box], segm
             [curve * scale for contour in outlines[index] for curve in (contour.exterior, *contour.holes)]
             for outlines, index in zip(segmentation.contours, best, strict=True)
         ]
-    overlay(image, masks, np.asarray(boxes, dtype=np.float64) * np.tile(scale, 2), curves).save(
-        f"{prefix}_overlay.png"
-    )
+    places = np.asarray(prompts, dtype=np.float64)
+    overlay(image, masks, places * np.resize(scale, places.shape[1]), curves).save(f"{prefix}_overlay.png")
     uncertainty_picture(uncertainties.max(axis=0)).save(f"{prefix}_uncertainty.png")
