@@ -92,12 +92,19 @@ def phase(grey: Tensor) -> Tensor:
 
 
 def haar_details(grey: Tensor) -> Tensor:
-    """(B, H, W) -> (B, H // 2, W // 2); an odd last row or column is left out."""
+    """(B, H, W) -> (B, H // 2, W // 2), the sum of the three detail bands, each scaled to [0, 1]."""
+    return torch.stack([min_max(band) for band in haar_bands(grey)[1:]]).sum(dim=0)
+
+
+def haar_bands(grey: Tensor) -> tuple[Tensor, ...]:
+    """
+    One level of the orthonormal Haar transform, (B, H, W) -> (B, H // 2, W // 2) each: the approximation, and the
+    details across columns, across rows and across both. An odd last row or column is left out.
+    """
     height, width = grey.shape[-2] // 2 * 2, grey.shape[-1] // 2 * 2
     a, b = grey[:, 0:height:2, 0:width:2], grey[:, 0:height:2, 1:width:2]
     c, d = grey[:, 1:height:2, 0:width:2], grey[:, 1:height:2, 1:width:2]
-    bands = (a - b + c - d) / 2, (a + b - c - d) / 2, (a - b - c + d) / 2
-    return torch.stack([min_max(band) for band in bands]).sum(dim=0)
+    return (a + b + c + d) / 2, (a - b + c - d) / 2, (a + b - c - d) / 2, (a - b - c + d) / 2
 
 
 def min_max(pictures: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from imedsam.frequency import FrequencyBranch, FrequencyView, haar_details
+from imedsam.frequency import FrequencyBranch, FrequencyView, haar_bands, haar_details
 
 VIEWS = [("amplitude", True), ("amplitude", False), ("phase", True), ("haar", True)]
 
@@ -58,6 +58,18 @@ def test_haar_details_against_numpy(pixels):
         )
     assert haar_details(grey[:, :15, :13]).shape == (2, 7, 6)
     assert_close(haar_details(torch.full((1, 8, 8), 0.3)), torch.zeros(1, 4, 4), rtol=0, atol=0)
+
+
+def test_haar_keeps_the_energy_and_can_be_undone():
+    grey = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, columns, rows, both = haar_bands(grey)
+    assert_close(sum(band.square().sum() for band in (low, columns, rows, both)), grey.square().sum())
+    back = torch.zeros_like(grey)
+    back[:, 0::2, 0::2], back[:, 0::2, 1::2] = low + columns + rows + both, low - columns + rows - both
+    back[:, 1::2, 0::2], back[:, 1::2, 1::2] = low + columns - rows - both, low - columns - rows + both
+    assert_close(back / 2, grey)
+    for band in haar_bands(torch.full((1, 4, 4), 0.3))[1:]:
+        assert (band == 0).all()
 
 
 def test_haar_finds_the_direction_of_an_edge():
