@@ -124,6 +124,11 @@ class IMedSamConfig(SamBasedConfig):
         """As for every configuration here. What was saved before there was an ellipse prior has none."""
         return super().from_dict({"ellipse_prior": False, **config_dict}, **kwargs)
 
+    @property
+    def trains_mask_decoder(self) -> bool:
+        """Whether SAM's two-way transformer is trained; its own masks need it."""
+        return self.train_mask_decoder or not self.implicit_decoder
+
     def _refuse_contradictions(self) -> None:
         super()._refuse_contradictions()
         targets = list(self.lora_targets or [])

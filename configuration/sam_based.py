@@ -102,6 +102,11 @@ class SamBasedConfig(PreTrainedConfig):
         return self.sam_config.vision_config.patch_size
 
     @property
+    def trains_mask_decoder(self) -> bool:
+        """Whether SAM's two-way transformer is trained."""
+        return self.train_mask_decoder
+
+    @property
     def num_labels(self) -> int:
         """Number of classes."""
         return len(self.id2label or {})

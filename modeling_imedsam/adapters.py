@@ -275,7 +275,7 @@ class AdaptedSam(SamPreTrainedModel):
             part = next((part for part, pattern in self.part_patterns if re.match(pattern, name)), None)
             if part == "image encoder" and not self.config.train_image_encoder:
                 continue
-            if part == "mask decoder" and self.config.implicit_decoder and not self.config.train_mask_decoder:
+            if part == "mask decoder" and not self.config.trains_mask_decoder:
                 continue
             if part == "mask head" and self.config.implicit_decoder:
                 continue

@@ -65,7 +65,7 @@ def get_peft_config(config: IMedSamConfig) -> LoraConfig:
         modules_to_save.append("frequency_branch")
     if config.implicit_decoder:
         modules_to_save.append("implicit_decoder")
-    if config.train_mask_decoder or not config.implicit_decoder:
+    if config.trains_mask_decoder:
         modules_to_save.append("mask_decoder")
     else:
         modules_to_save += ["upscale_conv1", "upscale_layer_norm", "upscale_conv2"]

@@ -127,5 +127,5 @@ class SFRecSamModel(IMedSamModel):
         parts = super()._parts()
         if self.config.learned_corrector:
             return {"learned corrector": parts["learned corrector"]}
-        frozen = () if self.config.train_mask_decoder else ("upscaling", "mask head", "mask decoder")
+        frozen = () if self.config.trains_mask_decoder else ("upscaling", "mask head")
         return {name: part for name, part in parts.items() if name not in frozen}

@@ -160,7 +160,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
                 f"{config.base_model_sha256}, got {sam.name} with {sha256}: give the place of the right one as "
                 "base_model_name_or_path."
             )
-        if "mask_decoder." in sam.without and config.implicit_decoder and not config.train_mask_decoder:
+        if "mask_decoder." in sam.without and not config.trains_mask_decoder:
             raise ValueError(
                 f"Expected train_mask_decoder=True to start from {sam.name}, which has no mask decoder that fits, "
                 "got False: its two-way transformer starts at random."

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import SamModel
 from typer.testing import CliRunner
 
-from imedsam import IMedSamModel
+from imedsam import IMedSamModel, SFRecSamModel
 from imedsam.sam_checkpoints import load_sam
 from imedsam.training.cli import app
 
@@ -119,10 +119,12 @@ def test_efficient_sam(tmp_path):
     prompt_encoder.load_state_dict(model.prompt_encoder.state_dict())
     tokens, _ = prompt_encoder(None, None, BOXES[:, None], None)
     assert_close(tokens[:, 0], reference.embed_boxes(BOXES), atol=1e-5, rtol=1e-5)
-    with pytest.raises(
-        ValueError, match="Expected train_mask_decoder=True to start from .*, which has no mask decoder"
-    ):
-        IMedSamModel.from_sam_pretrained(path, image_size=64)
+    for model_class in (IMedSamModel, SFRecSamModel):
+        with pytest.raises(
+            ValueError, match="Expected train_mask_decoder=True to start from .*, which has no mask decoder"
+        ):
+            model_class.from_sam_pretrained(path, image_size=64)
+    SFRecSamModel.from_sam_pretrained(path, image_size=64, train_mask_decoder=True)
     with pytest.raises(
         ValueError, match="Expected a whole SAM, got .* without mask_decoder., prompt_encoder.mask_embed."
     ):
