@@ -1,10 +1,12 @@
 """Configuration of SF-RecSAM."""
 
+from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import SamConfig
 
+from imedsam.configuration.false_corrector import FalseCorrectorConfig
 from imedsam.configuration.sam_based import SamBasedConfig
 
 
@@ -46,6 +48,8 @@ class SFRecSamConfig(SamBasedConfig):
             Share of the range of the uncertainty above which a place is suspicious.
         corrector_brightness (float, defaults to 1.4):
             Suspicious pixels are of the object if they are less than this times as bright as it is on average.
+        corrector_box_jitter (float, defaults to 0.1):
+            Share of a box's width or height by which its sides move at most between the decodings.
         train_mask_decoder (bool, defaults to False):
             Train SAM's mask decoder too, for a start point whose decoder knows nothing.
         base_model_sha256 (str, optional):
@@ -79,6 +83,7 @@ class SFRecSamConfig(SamBasedConfig):
     corrector_foreground: float | int = 0.5
     corrector_suspicion: float | int = 0.9
     corrector_brightness: float | int = 1.4
+    corrector_box_jitter: float | int = 0.1
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
@@ -89,12 +94,18 @@ class SFRecSamConfig(SamBasedConfig):
         if self.adapter_hidden is None:
             self.adapter_hidden = max(1, vision.hidden_size // 4)
         self._refuse_other_layers()
+        _ = self.false_corrector  # which checks its numbers
 
-    @classmethod
-    def default_sam_config(cls) -> dict[str, Any]:
+    @property
+    def false_corrector(self) -> FalseCorrectorConfig:
+        """The corrector's numbers."""
+        names = (item.name for item in fields(FalseCorrectorConfig))
+        return FalseCorrectorConfig(**{name: getattr(self, f"corrector_{name}") for name in names})
+
+    def default_sam_config(self) -> dict[str, Any]:
         sam_config = super().default_sam_config()
         for part in sam_config.values():
-            part["patch_size"] = 8
+            part["patch_size"] = 8 if self.overlapping_patches else 16
         return sam_config
 
     @classmethod

@@ -54,10 +54,9 @@ class SamBasedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._refuse_contradictions()
 
-    @classmethod
-    def default_sam_config(cls) -> dict[str, Any]:
+    def default_sam_config(self) -> dict[str, Any]:
         # A `SamConfig` on its own initialises weights at 1e-10 and its Fourier matrix at half the width.
-        size = cls.default_image_size
+        size = self.default_image_size
         return {
             "vision_config": {"image_size": size, "initializer_range": 0.02, "scale": 1.0},
             "prompt_encoder_config": {"image_size": size},
@@ -158,7 +157,7 @@ class SamBasedConfig(PreTrainedConfig):
         if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
             raise ValueError(
                 f"Expected a square image_size and patch_size given as integers, got {vision.image_size} and "
-                f"{vision.patch_size}: I-MedSAM works on squares, the processor maps any image onto one."
+                f"{vision.patch_size}: models here work on squares, the processor maps any image onto one."
             )
         if vision.image_size <= 0 or vision.image_size % vision.patch_size:
             raise ValueError(

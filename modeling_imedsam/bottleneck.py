@@ -10,21 +10,21 @@ class Bottleneck(nn.Module):
     A(y) = W2 GELU(W1 y), (..., C) -> (..., C).
 
     Args:
-        silent: start at A(y) = 0.
+        zero: start at A(y) = 0.
     """
 
-    def __init__(self, width: int, hidden: int, silent: bool = False):
+    def __init__(self, width: int, hidden: int, zero: bool = False):
         super().__init__()
         self.down = nn.Linear(width, hidden)
-        self.up = SilentLinear(hidden, width) if silent else nn.Linear(hidden, width)
+        self.up = ZeroLinear(hidden, width) if zero else nn.Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.up(F.gelu(self.down(tokens)))
 
 
-class SilentLinear(nn.Linear):
+class ZeroLinear(nn.Linear):
     """A linear layer whose weights start at 0."""
 
 
-class SilentLayerNorm(SamLayerNorm):
+class ZeroLayerNorm(SamLayerNorm):
     """A norm whose weights start at 0."""

@@ -1,5 +1,5 @@
 """
-The Dual False Corrector of SF-RecSAM (ECCV 2024): where samples of a mask disagree, the brightness of a pixel decides.
+The Dual False Corrector of SF-RecSAM (ECCV 2024): where the mean of a mask's samples is uncertain, brightness decides.
 It has no parameters and follows any model here; the samples are those of varied prompts or of dropout.
 """
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from imedsam.configuration.false_corrector import FalseCorrectorConfig
 from imedsam.mask_field import MaskField
 from imedsam.uncertainty import ProbabilitySamples
 
@@ -21,46 +22,6 @@ if TYPE_CHECKING:
 
 SampleKind = Literal["prompts", "dropout"]
 SAMPLE_KINDS: tuple[SampleKind, ...] = ("prompts", "dropout")
-
-
-@dataclass(frozen=True)
-class FalseCorrector:
-    """
-    The corrector's numbers; the defaults are those of the authors' code for breast ultrasound.
-
-    Args:
-        samples: N, the samples of each mask.
-        click_radius: M; clicks are drawn from a disc of the object's shorter side divided by M.
-        foreground: the mask is where the samples' mean exceeds this share of its largest value.
-        suspicion: a pixel is suspicious if its uncertainty lies above this share of the way from the mask's smallest
-            to its largest.
-        brightness: suspicious pixels are of the object if they are less than this times as bright as it is on average.
-        box_jitter: the share of a box's width or height by which each of its sides moves at most, inward or outward;
-            ours, as the authors have clicks alone.
-
-    Raises:
-        ValueError: a number without a meaning.
-    """
-
-    samples: int = 5
-    click_radius: float = 5.0
-    foreground: float = 0.5
-    suspicion: float = 0.9
-    brightness: float = 1.4
-    box_jitter: float = 0.1
-
-    def __post_init__(self) -> None:
-        good = {
-            "samples of at least 1": self.samples >= 1,
-            "click_radius of at least 1": self.click_radius >= 1,
-            "foreground in [0, 1)": 0 <= self.foreground < 1,
-            "suspicion in [0, 1]": 0 <= self.suspicion <= 1,
-            "brightness above 0": self.brightness > 0,
-            "box_jitter in [0, 0.5)": 0 <= self.box_jitter < 0.5,
-        }
-        for expected, holds in good.items():
-            if not holds:
-                raise ValueError(f"Expected {expected}, got {getattr(self, expected.split()[0])}: see FalseCorrector.")
 
 
 @dataclass
@@ -82,22 +43,25 @@ class CorrectedMasks:
 
 
 def correct_false_regions(
-    intensities: Tensor, samples: Tensor, corrector: FalseCorrector | None = None
+    intensities: Tensor, samples: Tensor, corrector: FalseCorrectorConfig | None = None
 ) -> CorrectedMasks:
     """
     The mask of the samples' mean, in which suspicious pixels are decided anew: background becomes foreground if it is
     brighter than 0 and less than `brightness` times as bright as the mask on average; foreground becomes background if
     it is darker than 0 or brighter than that. Each mask is corrected by itself, and one without a pixel is left alone.
 
+    The mask that is corrected is where the mean exceeds a share of its largest value: of an unsure model, whose
+    probabilities nowhere reach 0.5, it is larger than what the model itself calls the mask.
+
     Args:
         intensities: (..., H, W), grey values as they are: not normalised, since their ratios count and 0 is black.
         samples: (N, ..., H, W), probabilities; the intensities broadcast to one of them.
-        corrector: its thresholds; the defaults of [`FalseCorrector`] without one.
+        corrector: its thresholds; the defaults of [`FalseCorrectorConfig`] without one.
 
     Raises:
         ValueError: intensities of another size.
     """
-    corrector = FalseCorrector() if corrector is None else corrector
+    corrector = FalseCorrectorConfig() if corrector is None else corrector
     statistics = ProbabilitySamples(samples)
     mean, uncertainty = statistics.mean, statistics.entropy / 2
     masks = mean > corrector.foreground * mean.amax((-2, -1), keepdim=True)
@@ -166,6 +130,10 @@ def sample_masks(
     """
     if kind not in SAMPLE_KINDS:
         raise ValueError(f"Expected samples by one of {', '.join(SAMPLE_KINDS)}, got {kind!r}: choose one.")
+    if getattr(model.config, "learned_corrector", False):
+        raise ValueError(
+            "Expected a model without a learned corrector, got one, whose masks are corrected as they come."
+        )
     corrector, sizes = model.false_corrector, reshaped_input_sizes
     if kind == "dropout":
         field = model.get_mask_field(image_embeddings, **prompts, reshaped_input_sizes=sizes)
@@ -188,7 +156,7 @@ def default_samples(model: IMedSamModel) -> SampleKind:
 def vary_prompts(
     prompts: Mapping[str, Tensor],
     field: MaskField,
-    corrector: FalseCorrector,
+    corrector: FalseCorrectorConfig,
     image_size: int,
     reshaped_input_sizes: Tensor,
     seed: int = 0,
@@ -200,7 +168,10 @@ def vary_prompts(
         field: of the prompts themselves.
         image_size: side of `pixel_values`, in whose pixels the prompts are.
     """
-    boxes, points, samples = prompts.get("input_boxes"), prompts.get("input_points"), corrector.samples
+    boxes, points = (
+        None if prompts.get(name) is None else prompts[name].float() for name in ("input_boxes", "input_points")
+    )
+    samples = corrector.samples
     if boxes is None and points is None:
         raise ValueError("Expected boxes or points to vary, got neither: give some, or take dropout samples.")
     generator, limit = torch.Generator().manual_seed(seed), reshaped_input_sizes.flip(-1)[:, None]  # (B, 1, 2)

@@ -1,5 +1,7 @@
 """The frequency branch: a picture of the image's spectrum, and the adapters that feed it into SAM's encoder."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,6 +52,7 @@ class FrequencyView(nn.Module):
 
     def __init__(self, view: str, log: bool):
         super().__init__()
+        self.of_places = view == "haar"
         self.picture = {"amplitude": log_amplitude if log else amplitude, "phase": phase, "haar": haar_details}[view]
 
     def forward(self, pixel_values: Tensor, reshaped_input_sizes: Tensor | None = None) -> Tensor:
@@ -57,7 +60,8 @@ class FrequencyView(nn.Module):
         Args:
             pixel_values: (B, 3, S, S).
             reshaped_input_sizes: (B, 2), height and width of each image inside a padded square. The spectrum is taken
-                of the image alone, whose padding would otherwise dominate it with an edge.
+                of the image alone, whose padding would otherwise dominate it with an edge. It fills the square; `haar`
+                is where the image is, and 0 in the padding.
 
         Returns:
             (B, 3, S, S) in [0, 1], three equal channels, in the dtype of `pixel_values`.
@@ -72,11 +76,18 @@ class FrequencyView(nn.Module):
             else:
                 images = (image[:h, :w] for image, (h, w) in zip(grey, reshaped_input_sizes.tolist(), strict=True))
                 pictures = torch.cat(
-                    [F.interpolate(min_max(self.picture(i[None]))[:, None], size, mode="bilinear") for i in images]
+                    [self._fill(min_max(self.picture(i[None]))[:, None], i.shape, size) for i in images]
                 )
         if pictures.shape[-2:] != size:
             pictures = F.interpolate(pictures, size, mode="bilinear")
         return pictures.to(pixel_values.dtype).expand(-1, pixel_values.shape[1], -1, -1)
+
+    def _fill(self, picture: Tensor, image_size: Sequence[int], size: Sequence[int]) -> Tensor:
+        """The picture of an image inside a square: over all of it, or if its places are the image's, where that is."""
+        if not self.of_places:
+            return F.interpolate(picture, size, mode="bilinear")
+        (height, width), (below, right) = image_size, (side - own for side, own in zip(size, image_size, strict=True))
+        return F.pad(F.interpolate(picture, (height, width), mode="bilinear"), (0, right, 0, below))
 
 
 def amplitude(grey: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
-from imedsam.false_corrector import FalseCorrector
+from imedsam.configuration.false_corrector import FalseCorrectorConfig
 from imedsam.frequency import FrequencyBranch, FrequencyView
 from imedsam.image_encoder import IMedSamVisionEncoder
 from imedsam.implicit_decoder import ImplicitDecoder, normalise
@@ -64,7 +64,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
     # Of the loss: Dice's share, and the weight of an object's points in the cross entropy (paper, Eq. 8).
     dice_share, positive_weight = 0.5, 1.0
     # Of the masks, for those who ask for it.
-    false_corrector: FalseCorrector = FalseCorrector()
+    false_corrector: FalseCorrectorConfig = FalseCorrectorConfig()
 
     def __init__(self, config: IMedSamConfig):
         super().__init__(config)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import SamModel
 
 from imedsam.configuration.configuration_sf_recsam import SFRecSamConfig
-from imedsam.false_corrector import FalseCorrector, vary_prompts
+from imedsam.configuration.false_corrector import FalseCorrectorConfig
+from imedsam.false_corrector import vary_prompts
 from imedsam.frequency import FrequencyView
 from imedsam.learned_corrector import LearnedCorrector
 from imedsam.mask_field import InterpolatedMaskField, MaskField
@@ -24,18 +25,17 @@ class SFRecSamModel(IMedSamModel):
     """
     SF-RecSAM (ECCV 2024) as an [`IMedSamModel`] to its callers: prompts, output and training are the same, the masks
     are those of SAM's decoder. What is trained is the fusion of the image encoder, its adapters and positions; SAM's
-    own layers, prompt encoder and mask decoder are frozen (the last unless `train_mask_decoder`). A new model is
-    exactly the SAM that it is put on.
+    own layers, prompt encoder and mask decoder are frozen (the last unless `train_mask_decoder`). What is trained
+    leaves SAM's layers as they are at first: with `overlapping_patches=False` a new model is exactly the SAM that it
+    is put on, and with them the same SAM on four times as many tokens.
     """
 
     config: SFRecSamConfig  # type: ignore[assignment]  # SAM's base class has its own
     config_class = SFRecSamConfig  # type: ignore[assignment]
     base_model_prefix = "sf_recsam"
-    own_parts = (
-        r"corrector\.|vision_encoder\.(stem|token_adapter|layers\.\d+\.(adapter|cross_attention|spectral|side))"
-    )
+    own_parts = r"learned_corrector|vision_encoder\.(stem|token_adapter|layers\.\d+\.(adapter|cross|spectral|side))"
     part_patterns = [
-        ("learned corrector", r"corrector\."),
+        ("learned corrector", r"learned_corrector\."),
         ("positions", r"vision_encoder\.pos_embed"),
         ("convolutional branch", r"vision_encoder\.(stem|layers\.\d+\.side_(conv|norm))\."),
         ("cross attention", r"vision_encoder\.layers\.\d+\.cross_attention\."),
@@ -53,30 +53,33 @@ class SFRecSamModel(IMedSamModel):
         super().__init__(config)  # type: ignore[arg-type]  # has all that is asked of it
         sees_frequencies = config.fusion in ("frequency", "spatial_frequency")
         self.frequency_view = FrequencyView("haar", log=False) if sees_frequencies else None
-        self.false_corrector = FalseCorrector(
-            samples=config.corrector_samples,
-            click_radius=config.corrector_click_radius,
-            foreground=config.corrector_foreground,
-            suspicion=config.corrector_suspicion,
-            brightness=config.corrector_brightness,
-        )
-        self.corrector: LearnedCorrector | None = None
+        self.learned_corrector: LearnedCorrector | None = None
         if config.learned_corrector:
             self.add_corrector()
 
+    @property
+    def false_corrector(self) -> FalseCorrectorConfig:  # type: ignore[override]
+        return self.config.false_corrector
+
     def add_corrector(self) -> None:
-        """Adds a new learned corrector, which alone is trained from then on: the second stage of a training."""
+        """
+        Adds a new learned corrector, which alone is trained from then on: the second stage of a training.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if self.learned_corrector is not None:
+            raise ValueError("Expected a model without a learned corrector, got one with: train that on.")
         self.config.learned_corrector = True
-        channels = self.config.sam_config.mask_decoder_config.hidden_size // 8
-        self.corrector = LearnedCorrector(channels, self.false_corrector.suspicion).to(self.device, self.dtype)
-        self.corrector.apply(self._init_weights)
+        self.learned_corrector = LearnedCorrector(self.config).to(self.device, self.dtype)
+        self.learned_corrector.apply(self._init_weights)
         self.set_trainable()
 
     def train(self, mode: bool = True) -> Self:
         """With a learned corrector that one alone: what is frozen keeps its statistics too."""
-        super().train(mode and self.corrector is None)
-        if self.corrector is not None:
-            self.corrector.train(mode)
+        super().train(mode and self.learned_corrector is None)
+        if self.learned_corrector is not None:
+            self.learned_corrector.train(mode)
         return self
 
     def get_image_embeddings(self, pixel_values: Tensor, reshaped_input_sizes: Tensor | None = None) -> Tensor:
@@ -96,7 +99,7 @@ class SFRecSamModel(IMedSamModel):
         class_labels: Tensor | None = None,
         reshaped_input_sizes: Tensor | None = None,
     ) -> MaskField:
-        """As of [`IMedSamModel`]. A learned corrector sees the boxes or points varied, and needs one of them."""
+        """As of [`IMedSamModel`]. Without boxes and points, which it varies, a learned corrector is idle."""
         given = {
             "input_boxes": input_boxes,
             "input_points": input_points,
@@ -104,7 +107,7 @@ class SFRecSamModel(IMedSamModel):
             "input_masks": input_masks,
         }
         field: Any = super().get_mask_field(image_embeddings, **given, class_labels=class_labels)
-        if self.corrector is None:
+        if self.learned_corrector is None or (input_boxes is None and input_points is None):
             return field
         size = self.config.image_size
         if reshaped_input_sizes is None:
@@ -114,8 +117,16 @@ class SFRecSamModel(IMedSamModel):
             varied = vary_prompts(prompts, field, self.false_corrector, size, reshaped_input_sizes)
             samples: Any = super().get_mask_field(image_embeddings, **varied)
             samples = samples.logits.unflatten(1, (self.false_corrector.samples, -1)).movedim(1, 0).sigmoid()
-        logits = self.corrector(field.logits.flatten(0, 1), field.features, samples.flatten(1, 2))
+        inside = self._inside(reshaped_input_sizes, field).repeat_interleave(field.num_prompts, dim=0)
+        logits = self.learned_corrector(field.logits.flatten(0, 1), field.features, samples.flatten(1, 2), inside)
         return InterpolatedMaskField(logits.unflatten(0, field.logits.shape[:2]))
+
+    def _inside(self, reshaped_input_sizes: Tensor, field: InterpolatedMaskField) -> Tensor:
+        """Where a field's grid is of the image and not of the padding, (B, 1, H, W)."""
+        side = field.logits.shape[-1]
+        centres = (torch.arange(side, device=field.device) + 0.5) * self.config.image_size / side
+        rows, columns = (centres < sizes[:, None] for sizes in reshaped_input_sizes.to(field.device).unbind(-1))
+        return (rows[:, :, None] & columns[:, None])[:, None]
 
     def to_sam(self) -> SamModel:
         raise ValueError("Expected a model whose image encoder is SAM's, got SF-RecSAM's, which no SamModel has.")

@@ -59,6 +59,7 @@ class IMedSamPipeline:
     def __init__(self, model: IMedSamModel, processor: IMedSamProcessor):
         self.model, self.processor = model.eval(), processor
         self._image: dict[str, torch.Tensor] | None = None
+        self._source: tuple[Any, tuple[float, float] | None] = None, None  # of what is encoded
         self._history: list[tuple[str, tuple[float, ...]]] = []
 
     @classmethod
@@ -115,8 +116,8 @@ class IMedSamPipeline:
         embeddings = self.model.get_image_embeddings(
             inputs["pixel_values"].to(self.model.device), sizes["reshaped_input_sizes"]
         )
-        (grey_values,) = self.processor.image_processor.get_grey_values(image, window)
-        self._image = {"image_embeddings": embeddings, "grey_values": grey_values.to(self.model.device), **sizes}
+        self._image = {"image_embeddings": embeddings, **sizes}
+        self._source = image, window
         self._history = []
 
     @torch.inference_mode()
@@ -145,7 +146,7 @@ class IMedSamPipeline:
                 default.
             mode: "exact" or "adaptive", see [`~imedsam.rendering.render`]; adaptive by default where that is of use.
             contours: whether to find the masks' outlines too.
-            correct: corrects the masks where samples of them disagree, by the image's brightness, see
+            correct: corrects the masks by the image's brightness where the mean of samples is uncertain, see
                 [`~imedsam.false_corrector.correct_false_regions`]; with samples by "prompts" like those given or by
                 "dropout", see [`~imedsam.false_corrector.sample_masks`]. Contours then lie half way between pixels.
         """
@@ -181,8 +182,9 @@ class IMedSamPipeline:
                 mode,
                 correct,
             )
-            grey_values = sample_pixels(image["grey_values"], output_size, (x0, y0, x1, y1))
-            masks = correct_false_regions(grey_values, samples, self.model.false_corrector).masks
+            (grey_values,) = self.processor.image_processor.get_grey_values(*self._source)
+            grey_values = sample_pixels(grey_values, output_size, (x0, y0, x1, y1))
+            masks = correct_false_regions(grey_values.to(samples.device), samples, self.model.false_corrector).masks
         if contours:
             pixel = width / output_size[1], height / output_size[0]
             if correct is None:

@@ -27,7 +27,7 @@ from transformers.utils import (
 )
 
 from imedsam.adapters import AdaptedSam
-from imedsam.bottleneck import SilentLinear
+from imedsam.bottleneck import ZeroLinear
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.frequency import FrequencyBranch
 from imedsam.hub_errors import check_token, explain_hub_errors
@@ -313,7 +313,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
             module.reset_parameters()
         elif isinstance(module, HiddenLinear | HiddenConvolution):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, SilentLinear):
+        elif isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
         elif isinstance(module, FrequencyBranch):
             init.zeros_(module.gates)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.models.sam.modeling_sam import SamLayerNorm, SamVisionLayer
 
-from imedsam.bottleneck import Bottleneck, SilentLayerNorm, SilentLinear
+from imedsam.bottleneck import Bottleneck, ZeroLayerNorm, ZeroLinear
 from imedsam.configuration.configuration_sf_recsam import SFRecSamConfig
 from imedsam.image_encoder import IMedSamVisionEncoder
 from imedsam.lora import SplitProjection
@@ -36,7 +36,7 @@ class SpatialFrequencyEncoder(IMedSamVisionEncoder):
         if config.overlapping_patches:
             channels, width, patch = vision.num_channels, vision.hidden_size, vision.patch_size
             self.patch_embed.projection = nn.Conv2d(channels, width, 2 * patch, stride=patch)
-        self.token_adapter = Bottleneck(vision.hidden_size, config.adapter_hidden or 1, silent=True)
+        self.token_adapter = Bottleneck(vision.hidden_size, config.adapter_hidden or 1, zero=True)
         self.stem: ConvolutionalStem | None = None
         if config.fusion in ("spatial", "frequency", "spatial_frequency"):
             self.stem = ConvolutionalStem(vision.hidden_size, vision.patch_size)
@@ -80,7 +80,7 @@ class SpatialFrequencyEncoder(IMedSamVisionEncoder):
         super()._init_weights(module)
         if isinstance(module, HiddenConvolution):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, SilentLinear | SilentLayerNorm | SpectralFilter):
+        elif isinstance(module, ZeroLinear | ZeroLayerNorm | SpectralFilter):
             init.zeros_(module.weight)
 
 
@@ -96,7 +96,7 @@ class FusionLayer(SamVisionLayer):
         width = vision.hidden_size
         self.attn.qkv = SplitProjection(width, bias=vision.qkv_bias)  # type: ignore[assignment]
         self.adapter_scale = config.adapter_scale
-        self.adapter = Bottleneck(width, config.adapter_hidden or 1, silent=True)
+        self.adapter = Bottleneck(width, config.adapter_hidden or 1, zero=True)
         self.cross_attention = None if config.fusion is None else CrossAttention(width, vision.num_attention_heads)
         self.spectral_filter: SpectralFilter | None = None
         self.side_conv: nn.Conv2d | None = None
@@ -106,7 +106,7 @@ class FusionLayer(SamVisionLayer):
         elif config.fusion is not None:
             self.side_conv = HiddenConvolution(width, width, 3, padding=1)
             # What leaves the last one is added to the tokens: GELU(0) is 0, and its slope is not.
-            norm = SilentLayerNorm if last else SamLayerNorm
+            norm = ZeroLayerNorm if last else SamLayerNorm
             self.side_norm = norm(width, data_format="channels_first")
 
     def forward(self, hidden_states: Tensor, side: Tensor | None) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
@@ -137,7 +137,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
-        self.out_proj = SilentLinear(width, width)
+        self.out_proj = ZeroLinear(width, width)
 
     def forward(self, tokens: Tensor, others: Tensor) -> Tensor:
         query, key, value = (

@@ -22,6 +22,7 @@ from imedsam.modeling_sf_recsam import SFRecSamModel
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.training import train
 from imedsam.training.arguments import parse_args
+from imedsam.training.averaging import WeightAverage
 from imedsam.training.baselines import METHODS, load_model, load_pipeline
 from imedsam.training.box_mask import BOX_LOGIT, BoxMaskModel, box_coverage
 from imedsam.training.cli import app
@@ -435,16 +436,49 @@ def test_a_second_stage_trains_sf_recsams_corrector_alone(run, sam_folder, tmp_p
     flags = ["--model_name_or_path", str(first), "--train_corrector"]
     second = run("sf_recsam", *steps, *flags, name="second")
     before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
-    assert {key.partition(".")[0] for key in after.keys() - before.keys()} == {"corrector"}
+    assert {key.partition(".")[0] for key in after.keys() - before.keys()} == {"learned_corrector"}
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert set(read(second)["trainable_parameters"]) == {"learned corrector"}
     third = run("sf_recsam", *steps, "--model_name_or_path", str(second), "--train_corrector", name="third")
-    assert load_model(third).corrector is not None and load_file(third / "model.safetensors").keys() == after.keys()
+    assert (
+        load_model(third).learned_corrector is not None
+        and load_file(third / "model.safetensors").keys() == after.keys()
+    )
     with pytest.raises(ValueError, match="Expected an SF-RecSAM checkpoint for --train_corrector, got a SAM at"):
         run("sf_recsam", *steps, "--train_corrector", name="none")
     unet = run("unet", "--max_train_steps", 1)
     with pytest.raises(ValueError, match="got one of type 'imedsam_unet' at"):
         run("unet", "--max_train_steps", 1, "--train_corrector", "--model_name_or_path", str(unet), name="none")
+
+
+def test_batch_statistics_are_averaged_with_the_weights(make, inputs):
+    model = make("sf_recsam").train()
+    statistics = train.batch_statistics(model)
+    assert [tuple(statistic.shape) for statistic in statistics] == [(64,)] * 4
+    average, expected = WeightAverage(statistics, decay=0.75), None
+    for step in range(4):
+        model.get_image_embeddings(inputs["pixel_values"] + step)
+        average.update()
+        now = [statistic.clone() for statistic in statistics]
+        expected = now if expected is None else [0.75 * e + 0.25 * n for e, n in zip(expected, now, strict=True)]
+    with average.applied():
+        assert all(torch.allclose(s, e) for s, e in zip(statistics, expected, strict=True))
+    assert all(torch.equal(s, n) for s, n in zip(statistics, now, strict=True))
+    for other in (make("unet"), make("sf_recsam", learned_corrector=True)):
+        assert train.batch_statistics(other) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model sf_recsam --config learned_corrector=true", "comes in a second stage, by --train_corrector"),
+        ("--model unet --prompt click", "Expected box for a U-Net, got click"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--model_name_or_path", "a", "--dataset_name", "b", "--output_dir", "c", *flags.split()])
+    assert message in capsys.readouterr().err
 
 
 def test_training_goes_on_from_a_baseline(run, sam_folder, tmp_path):

@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from imedsam import IMedSamModel, IMedSamPipeline
+from imedsam.configuration.false_corrector import FalseCorrectorConfig
 from imedsam.false_corrector import (
-    FalseCorrector,
     correct_false_regions,
     default_samples,
     sample_masks,
@@ -116,7 +116,7 @@ def test_a_suspicious_pixel_below_0_becomes_background():
     ],
 )
 def test_each_threshold_matters(changed, pixel, value):
-    result = correct_false_regions(torch.tensor(GREY), two_samples(MEAN), FalseCorrector(**changed))
+    result = correct_false_regions(torch.tensor(GREY), two_samples(MEAN), FalseCorrectorConfig(**changed))
     assert result.masks[pixel].item() is value
     if changed == {"suspicion": 0.4}:
         assert (
@@ -201,10 +201,10 @@ def test_wrong_sizes_and_numbers_are_refused():
         "brightness": 0,
         "box_jitter": 0.5,
     }
-    assert set(wrong) == {field.name for field in dataclasses.fields(FalseCorrector)}
+    assert set(wrong) == {field.name for field in dataclasses.fields(FalseCorrectorConfig)}
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"Expected {name} .*, got {value}"):
-            FalseCorrector(**{name: value})
+            FalseCorrectorConfig(**{name: value})
 
 
 def test_statistics_of_samples_by_hand():
@@ -226,7 +226,7 @@ def predicting(sam_model, monkeypatch):
             return InterpolatedMaskField((2.0 * mask - 1).repeat(*input_points.shape[:2], 1, 1, 1))
 
         monkeypatch.setattr(sam_model, "get_mask_field", get_mask_field)
-        monkeypatch.setattr(sam_model, "false_corrector", FalseCorrector(samples=2000))
+        monkeypatch.setattr(sam_model, "false_corrector", FalseCorrectorConfig(samples=2000))
         return sam_model
 
     return make
@@ -262,6 +262,17 @@ def test_clicks_lie_in_the_disc_and_fill_it(predicting, embeddings):
     assert not torch.allclose(alone, other)
 
 
+def test_prompts_of_whole_numbers_vary_too(sam_model, embeddings):
+    boxes, points = torch.tensor([[[20, 10, 50, 30]]]), torch.tensor([[[[30, 20]]]])
+    for prompts in ({"input_boxes": boxes}, {"input_points": points}):
+        ((name, given),) = prompts.items()
+        assert_close(
+            vary(sam_model, embeddings, {name: given}, SIZES)[name],
+            vary(sam_model, embeddings, {name: given.float()}, SIZES)[name],
+        )
+        assert vary(sam_model, embeddings, prompts, SIZES)[name].std(dim=1).max() > 0
+
+
 def test_the_radius_is_of_the_image_alone_and_0_of_an_empty_mask(predicting, embeddings):
     """In the padding there is no object: of an image in the upper half, rows 10 to 32 count."""
     mask = torch.zeros(64, 64)
@@ -275,7 +286,7 @@ def test_the_radius_is_of_the_image_alone_and_0_of_an_empty_mask(predicting, emb
 
 
 def test_boxes_move_as_in_training(sam_model, embeddings, monkeypatch):
-    monkeypatch.setattr(sam_model, "false_corrector", FalseCorrector(samples=2000))
+    monkeypatch.setattr(sam_model, "false_corrector", FalseCorrectorConfig(samples=2000))
     boxes = torch.tensor([[[20.0, 10.0, 50.0, 30.0], [0.0, 0.0, 64.0, 64.0]]])
     moved = vary(sam_model, embeddings, {"input_boxes": boxes}, SIZES)["input_boxes"]
     offsets = moved.unflatten(1, (2000, 2))[0] - boxes
@@ -380,7 +391,7 @@ def make_pipeline(model):
 
 @pytest.mark.parametrize("kind", ["prompts", "dropout"])
 def test_the_pipeline_corrects_by_the_grey_values_of_its_region(fields_model, picture, monkeypatch, kind):
-    monkeypatch.setattr(fields_model, "false_corrector", FalseCorrector(suspicion=0.3))
+    monkeypatch.setattr(fields_model, "false_corrector", FalseCorrectorConfig(suspicion=0.3))
     pipeline = make_pipeline(fields_model)
     pipeline.set_image(picture)
     prompts = {
@@ -423,7 +434,7 @@ def test_the_corrector_is_the_models(fields_model, picture, monkeypatch):
     pipeline = make_pipeline(fields_model)
     pipeline.set_image(picture)
     masks = []
-    for corrector in (FalseCorrector(), FalseCorrector(suspicion=0.2, brightness=1.1)):
+    for corrector in (FalseCorrectorConfig(), FalseCorrectorConfig(suspicion=0.2, brightness=1.1)):
         monkeypatch.setattr(fields_model, "false_corrector", corrector)
         masks.append(pipeline.predict(input_boxes=[BOX], correct="prompts").masks)
     assert (masks[0] != masks[1]).any()

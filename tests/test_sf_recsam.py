@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration
 
 from imedsam.configuration.configuration_sf_recsam import SFRecSamConfig
-from imedsam.false_corrector import vary_prompts
-from imedsam.frequency import haar_details
+from imedsam.configuration.false_corrector import FalseCorrectorConfig
+from imedsam.false_corrector import sample_masks, vary_prompts
+from imedsam.frequency import FrequencyView, haar_details
 from imedsam.image_encoder import resize_positions
 from imedsam.learned_corrector import LearnedCorrector
 from imedsam.losses import cross_entropy_loss, dice_loss, segmentation_loss
@@ -54,9 +56,9 @@ def test_a_new_model_is_sam(make, tiny_sam, pixels, fusion):
 def test_overlapping_patches_are_sams_layers_on_four_times_as_many_tokens(make, tiny_sam, pixels):
     model, sam = make(trained=False), tiny_sam()
     assert (model.config.image_size, model.config.patch_size) == (64, 8)
-    enlarged = torch.nn.functional.interpolate(pixels, (72, 72), mode="bilinear")
+    enlarged = F.interpolate(pixels, (72, 72), mode="bilinear")
     projection = sam.vision_encoder.patch_embed.projection
-    tokens = torch.nn.functional.conv2d(enlarged, projection.weight, projection.bias, stride=8).permute(0, 2, 3, 1)
+    tokens = F.conv2d(enlarged, projection.weight, projection.bias, stride=8).permute(0, 2, 3, 1)
     assert tokens.shape == (2, 8, 8, 32)
     vision = model.config.sam_config.vision_config
     resized = resize_positions(sam.state_dict(), vision)
@@ -107,6 +109,96 @@ def test_which_layers_fuse(tiny_sam):
     prompt = {"image_size": 60, "patch_size": 6}
     with pytest.raises(ValueError, match="a power of 2 pixels, got 6"):
         layers(image_size=60, patch_size=6, window_size=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_encoder_from_its_description(make, pixels, fusion):
+    """The equations of the authors' code, written down again on the weights of a trained model."""
+    model = make(fusion=fusion, adapter_scale=0.7, side_scale=0.3).eval()
+    encoder, view = model.vision_encoder, FrequencyView("haar", log=False)
+    for name, parameter in encoder.named_parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    weights = encoder.state_dict()
+
+    def linear(x, name):
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def conv(x, name, dilation=1):
+        weight = weights[f"{name}.weight"]
+        padding = dilation * (weight.shape[-1] // 2)
+        return F.conv2d(x, weight, weights.get(f"{name}.bias"), padding=padding, dilation=dilation)
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    def channels(x, name):
+        return norm(x.permute(0, 2, 3, 1), name).permute(0, 3, 1, 2)
+
+    def adapter(x, name):
+        return linear(F.gelu(linear(x, f"{name}.down")), f"{name}.up")
+
+    def stem(x):
+        for layer in ("stem.layers.0", "stem.layers.1"):
+            mean, variance = (weights[f"{layer}.1.running_{what}"][:, None, None] for what in ("mean", "var"))
+            x = (conv(x, f"{layer}.0") - mean) / (variance + 1e-5).sqrt()
+            x = (x * weights[f"{layer}.1.weight"][:, None, None] + weights[f"{layer}.1.bias"][:, None, None]).relu()
+        scales = [conv(x, f"stem.gate.scales.{i}", dilation) for i, dilation in enumerate((1, 1, 2))]
+        x = x + 0.5 * x * conv(torch.cat(scales, dim=1), "stem.gate.gate").sigmoid()
+        for i in range(3):
+            x = F.gelu(channels(conv(F.max_pool2d(x, 2), f"stem.halvings.{i}.1"), f"stem.halvings.{i}.2"))
+        return x
+
+    def attend(x, others, name):
+        query, key, value = (
+            linear(y.flatten(1, 2), f"{name}.{part}_proj").unflatten(-1, (2, 16)).transpose(1, 2)
+            for y, part in ((x, "q"), (others, "k"), (others, "v"))
+        )
+        attended = (query @ key.transpose(-1, -2) / 4).softmax(dim=-1) @ value
+        return linear(attended.transpose(1, 2).flatten(2), f"{name}.out_proj").view_as(x)
+
+    enlarged = F.interpolate(pixels, (72, 72), mode="bilinear")
+    projection = (weights["patch_embed.projection.weight"], weights["patch_embed.projection.bias"])
+    x = F.conv2d(enlarged, *projection, stride=8).permute(0, 2, 3, 1) + weights["pos_embed"]
+    x = x + adapter(x, "token_adapter")
+    pictures = {"spatial": [pixels], "frequency": [view(pixels)], "spatial_frequency": [pixels, view(pixels)]}
+    side = sum(map(stem, pictures[fusion])) if fusion in pictures else None
+    for i, layer in enumerate(encoder.layers):
+        if i not in model.config.fusion_layers:
+            x = layer(x)
+            continue
+        n = norm(x, f"layers.{i}.layer_norm1")
+        if side is not None:
+            n = n + attend(n, side.permute(0, 2, 3, 1), f"layers.{i}.cross_attention")
+            side = F.gelu(channels(conv(side, f"layers.{i}.side_conv"), f"layers.{i}.side_norm"))
+        elif fusion == "spectral_filter":
+            n = n + attend(n, layer.spectral_filter(n), f"layers.{i}.cross_attention")
+        x = x + layer.attn(n)[0]
+        m = norm(x, f"layers.{i}.layer_norm2")
+        x = x + layer.mlp(m) + 0.7 * adapter(m, f"layers.{i}.adapter")
+    expected = encoder.neck(x if side is None else x + 0.3 * side.permute(0, 2, 3, 1))
+    assert_close(model.get_image_embeddings(pixels), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_half_precision_and_padding(make, pixels):
+    """bfloat16 and autocast stay near float32; the high-frequency image is that of the image inside its padding."""
+    model = make().eval()
+    expected = model.get_image_embeddings(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(model.get_image_embeddings(pixels).float(), expected, atol=0.3, rtol=0.1)
+    sizes, seen = torch.tensor([[32, 64], [64, 48]]), []
+    with_hook = model.vision_encoder.register_forward_hook(lambda module, args, out: seen.append(args[1]))
+    model.get_image_embeddings(pixels, sizes)
+    with_hook.remove()
+    assert (seen[0][0, :, 32:] == 0).all() and (seen[0][1, :, :, 48:] == 0).all()
+    crop = model.frequency_view(pixels[1:, :, :, :48])
+    assert_close(seen[0][1:, :, :, :48], crop)
+    assert model.bfloat16().get_image_embeddings(pixels).dtype == torch.bfloat16
+
+
+def test_without_overlap_the_default_is_sams_own_patch():
+    assert SFRecSamConfig(overlapping_patches=False).patch_size == 16 and SFRecSamConfig().patch_size == 8
 
 
 # What is trained
@@ -280,8 +372,8 @@ def test_a_new_corrector_changes_nothing_and_is_trained_alone(make, pixels):
         assert_close(model(pixels, input_points=points).pred_masks, before)
     assert set(model.parameter_parts()) == {"learned corrector"} and model.config.learned_corrector
     model.train()
-    assert not model.vision_encoder.training and model.corrector.training
-    frozen = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("corrector.")}
+    assert not model.vision_encoder.training and model.learned_corrector.training
+    frozen = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("learned_corrector.")}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
     for _ in range(2):
         optimizer.zero_grad()
@@ -289,7 +381,7 @@ def test_a_new_corrector_changes_nothing_and_is_trained_alone(make, pixels):
         loss.backward()
         optimizer.step()
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in frozen.items())
-    for head in (model.corrector.false_positive, model.corrector.false_negative):
+    for head in (model.learned_corrector.false_positive, model.learned_corrector.false_negative):
         assert head[-1].weight.abs().sum() > 0 and head[0].weight.grad.abs().sum() > 0
     assert model(pixels, input_points=points, labels=labels).loss < loss
 
@@ -297,17 +389,25 @@ def test_a_new_corrector_changes_nothing_and_is_trained_alone(make, pixels):
 @torch.no_grad()
 def test_the_corrector_moves_suspicious_places_alone():
     torch.manual_seed(0)
-    corrector = LearnedCorrector(4, suspicion=0.9)
+    sam = {"vision_config": {"output_channels": 32}, "prompt_encoder_config": {"hidden_size": 32}}
+    sam["mask_decoder_config"] = {"hidden_size": 32}
+    for part in ("vision_config", "prompt_encoder_config"):
+        sam[part] |= {"image_size": 64, "patch_size": 8}
+    corrector = LearnedCorrector(SFRecSamConfig(sam_config=sam))
     nn.init.constant_(corrector.false_positive[-1].bias, 5.0)
     nn.init.constant_(corrector.false_negative[-1].bias, 7.0)
     for head in (corrector.false_positive, corrector.false_negative):
         nn.init.zeros_(head[-1].weight)
     logits = torch.tensor([[3.0, 0.1], [-0.1, -4.0]]).view(1, 1, 2, 2)
     samples = logits.sigmoid().expand(5, -1, -1, -1, -1)
-    corrected = corrector(logits, torch.randn(1, 4, 2, 2), samples)
+    inside = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    corrected = corrector(logits, torch.randn(1, 4, 2, 2), samples, inside)
     assert_close(corrected.view(2, 2), torch.tensor([[3.0, 0.1 - 5], [-0.1 + 7, -4.0]]))
+    inside[..., 0, 1] = False  # padding, which nothing is said of
+    corrected = corrector(logits, torch.randn(1, 4, 2, 2), samples, inside)
+    assert_close(corrected.view(2, 2), torch.tensor([[3.0, 0.1], [-0.1 + 7, -4.0]]))
     certain = torch.ones(5, 1, 1, 2, 2)
-    assert_close(corrector(logits, torch.randn(1, 4, 2, 2), certain), logits)
+    assert_close(corrector(logits, torch.randn(1, 4, 2, 2), certain, inside), logits)
 
 
 @torch.no_grad()
@@ -320,11 +420,12 @@ def test_what_the_corrector_is_shown(make, pixels, prompt):
         "boxes": {"input_boxes": torch.tensor([[[8.0, 12.0, 40.0, 50.0], [20.0, 4.0, 60.0, 30.0]]] * 2)},
     }[prompt]
     embeddings, shown = model.get_image_embeddings(pixels), []
-    with_hook = model.corrector.register_forward_hook(lambda module, args, output: shown.append(args))
+    with_hook = model.learned_corrector.register_forward_hook(lambda module, args, output: shown.append(args))
     model.get_mask_field(embeddings, **prompts)
     with_hook.remove()
-    logits, features, samples = shown[0]
-    model.corrector = None
+    logits, features, samples, inside = shown[0]
+    assert inside.all() and inside.shape == logits.shape
+    model.learned_corrector = None
     field = model.get_mask_field(embeddings, **prompts)
     assert_close(logits, field.logits.flatten(0, 1))
     assert_close(features, field.features)
@@ -336,12 +437,53 @@ def test_what_the_corrector_is_shown(make, pixels, prompt):
         assert_close(samples[n], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_thresholds_come_from_the_configuration(make):
-    model = make(corrector_samples=3, corrector_suspicion=0.5, corrector_brightness=2)
-    assert (model.false_corrector.samples, model.false_corrector.suspicion) == (3, 0.5)
-    assert model.false_corrector.brightness == 2
-    with pytest.raises(ValueError, match="Expected samples of at least 1"):
-        make(corrector_samples=0)
+@torch.no_grad()
+def test_the_corrector_sees_the_image_alone(make, pixels):
+    """Of an image in the upper 24 of 64 rows: 12 of the grid's 32."""
+    model, shown = make(learned_corrector=True).eval(), []
+    with_hook = model.learned_corrector.register_forward_hook(lambda module, args, output: shown.append(args))
+    sizes, points = torch.tensor([[24, 64], [64, 40]]), torch.full((2, 3, 1, 2), 20.0)
+    model.get_mask_field(torch.randn(2, 32, 8, 8), input_points=points, reshaped_input_sizes=sizes)
+    with_hook.remove()
+    inside = shown[0][-1]
+    assert inside.shape == (6, 1, 32, 32)
+    assert inside[:3, :, :12].all() and not inside[:3, :, 12:].any()
+    assert inside[3:, :, :, :20].all() and not inside[3:, :, :, 20:].any()
+
+
+@torch.no_grad()
+def test_without_a_prompt_to_vary_the_corrector_is_idle(make, pixels):
+    model = make(learned_corrector=True).eval()
+    embeddings, masks = model.get_image_embeddings(pixels), torch.randn(2, 1, 32, 32)
+    fields = [model.get_mask_field(embeddings), model.get_mask_field(embeddings, input_masks=masks)]
+    model.learned_corrector = None
+    assert_close(fields[0].logits, model.get_mask_field(embeddings).logits)
+    assert_close(fields[1].logits, model.get_mask_field(embeddings, input_masks=masks).logits)
+
+
+def test_the_correctors_numbers_come_from_the_configuration(make):
+    numbers = {
+        "samples": 3,
+        "click_radius": 2,
+        "foreground": 0.4,
+        "suspicion": 0.5,
+        "brightness": 2,
+        "box_jitter": 0.2,
+    }
+    model = make(**{f"corrector_{name}": value for name, value in numbers.items()})
+    assert model.false_corrector == FalseCorrectorConfig(**numbers)
+    for name, value in {"samples": 0, "click_radius": 0.5, "foreground": 1, "suspicion": 7, "box_jitter": 0.5}.items():
+        with pytest.raises(ValueError, match=f"Expected {name} "):
+            SFRecSamConfig(**{f"corrector_{name}": value})
+
+
+def test_one_correction_at_a_time(make, pixels):
+    model = make(learned_corrector=True).eval()
+    with pytest.raises(ValueError, match="Expected a model without a learned corrector, got one with: train that on"):
+        model.add_corrector()
+    prompts, sizes = {"input_points": torch.full((2, 1, 1, 2), 20.0)}, torch.full((2, 2), 64)
+    with pytest.raises(ValueError, match="whose masks are corrected as they come"):
+        sample_masks(model, model.get_image_embeddings(pixels), prompts, sizes, (8, 8))
 
 
 # Files

@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="Values of the model's configuration (IMedSamConfig), as JSON.",
+        help="Values of the model's configuration, such as IMedSamConfig, as JSON.",
     )
     add(
         "--prompt",
@@ -163,6 +163,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         if "image_size" in args.config:
             raise ValueError("image_size has a flag of its own, --image_size.")
         method = METHODS[args.method]
+        if args.config.get("learned_corrector"):
+            raise ValueError("learned_corrector comes in a second stage, by --train_corrector.")
         method.model_class.config_class(**method.get_values(args.config))
     except (TypeError, ValueError, StrictDataclassError) as error:
         parser.error(f"argument --config: {error}")
@@ -173,6 +175,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         )
     if args.spectral_weight and args.supervision == "points":
         parser.error("argument --spectral_weight: Expected --supervision dense, got points: they have no spectrum")
+    if args.prompt == "click" and "unet" in args.method:
+        parser.error("argument --prompt: Expected box for a U-Net, got click: it sees boxes alone")
     if args.num_candidates is not None and args.supervision == "dense":
         parser.error("argument --num_candidates: Expected --supervision points, got dense: it supervises every pixel")
     if args.num_candidates is not None and args.num_candidates < args.num_points:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 FILE = "average.safetensors"
@@ -20,12 +20,15 @@ class WeightAverage:
     keeping.
 
     Args:
-        parameters: the trained ones; the optimiser keeps changing them.
+        parameters: the trained ones, which the optimiser keeps changing, and the statistics that the batches do.
         decay: in [0, 1).
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
-        self.parameters = nn.ParameterList(parameters)
+    def __init__(self, parameters: Iterable[Tensor], decay: float):
+        # As parameters, so that statistics are averaged alike; nothing here has a gradient.
+        self.parameters = nn.ParameterList(
+            p if isinstance(p, nn.Parameter) else nn.Parameter(p, requires_grad=False) for p in parameters
+        )
         self.average = AveragedModel(self.parameters, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def update(self) -> None:

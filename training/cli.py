@@ -11,7 +11,7 @@ import typer
 Mode = Literal["exact", "adaptive"]  # of rendering
 Correct = Annotated[
     bool,
-    typer.Option("--correct", help="Correct masks by the brightness of the pixels where samples of them disagree."),
+    typer.Option("--correct", help="Correct masks by the brightness of the pixels where they are least certain."),
 ]
 Base = Annotated[
     str | None, typer.Option("--base-model", help="The SAM of an adapter, if it is not where the adapter says.")

@@ -14,12 +14,14 @@ import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState, skip_first_batches
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
@@ -96,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     average = None
     if args.ema_decay:
-        average = WeightAverage((p for p in model.parameters() if p.requires_grad), args.ema_decay)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        average = WeightAverage([*trained, *batch_statistics(model)], args.ema_decay)
         accelerator.register_save_state_pre_hook(average.save)
         accelerator.register_load_state_pre_hook(average.load)
     if args.with_tracking:
@@ -135,6 +138,8 @@ def train(accelerator, model, processor, train_loader, validation, optimizer, sc
         last = state.epoch + 1 >= args.num_train_epochs or state.global_step >= args.max_train_steps
         if last or (state.epoch + 1) % args.eval_every == 0:
             options = {"output_size": args.evaluation_size, "mode": None, "metrics": ("overlap",)}
+            for statistic in batch_statistics(model):
+                statistic.copy_(broadcast(statistic))  # the first process's are saved
             with average.applied() if average else nullcontext():
                 table = evaluate(accelerator, model, processor, validation, args, **options)
                 row["validation"] = table.mean()
@@ -335,7 +340,7 @@ def add_corrector(model: IMedSamModel, path: str) -> None:
             f"Expected an SF-RecSAM checkpoint for --train_corrector, got one of type {model.config.model_type!r} at "
             f"{path}: any model's masks are corrected without parameters by `imedsam predict --correct`."
         )
-    if model.corrector is None:  # else it is trained on
+    if model.learned_corrector is None:  # else that one is trained on
         model.add_corrector()
 
 
@@ -404,6 +409,13 @@ def get_frequency_ratio(accelerator, model, processor, examples: Examples) -> li
         return []
     inputs = processor.image_processor(examples[0]["image"]).to(model.device)
     return model.frequency_ratio(inputs["pixel_values"], inputs["reshaped_input_sizes"]).tolist()
+
+
+def batch_statistics(model: nn.Module) -> list[Tensor]:
+    """The running means and variances of batch norms that are trained."""
+    norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    trained = [norm for norm in norms if norm.weight.requires_grad]
+    return [statistic for norm in trained for statistic in (norm.running_mean, norm.running_var)]
 
 
 def seed_step(seed: int, epoch: int, batch: int, process_index: int) -> None:
