@@ -89,6 +89,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []  # "METHOD path", without the query
         self.faults: list[tuple[str, str, int, bool]] = []
+        self.events: list[tuple[str, str, Callable[[], object]]] = []
         self.lock = threading.Lock()
 
     def __enter__(self) -> "HubServer":
@@ -116,6 +117,10 @@ class HubServer:
     def cut(self, method: str, part: str, late: bool = False) -> None:
         """As `fail`, but close the connection without an answer."""
         self.fail(method, part, 0, late)
+
+    def before(self, method: str, part: str, event: Callable[[], object]) -> None:
+        """Have something happen, once, before requests with `part` in their path are carried out."""
+        self.events.append((method, part, event))
 
     def heal(self) -> None:
         self.faults.clear()
@@ -170,6 +175,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def strike(self, late: bool) -> None:
+        for event in [event for event in self.hub.events if event[0] == self.command and event[1] in self.name]:
+            self.hub.events.remove(event)
+            event[2]()
         for method, part, status, after in self.hub.faults:
             if after == late and method == self.command and part in self.name:
                 if not status:

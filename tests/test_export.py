@@ -119,7 +119,14 @@ def test_torch_export(from_sam, tmp_path):
 @pytest.mark.slow
 def test_int8_is_smaller_and_near(from_sam, exported, tmp_path):
     result = CliRunner().invoke(app, f"export --model {exported / 'model'} -o {tmp_path / 'int8'} --int8".split())
-    assert result.exit_code == 0 and "before the encoder was quantised" in result.output
+    assert result.exit_code == 0 and "with the quantised encoder" in result.output
+    difference = largest_difference(
+        IMedSamPipeline.from_pretrained(exported / "model").model,
+        tmp_path / "int8",
+        "onnx",
+        example_inputs(IMedSamPipeline.from_pretrained(exported / "model").model),
+    )
+    assert difference > 1e-3 and f"Logits differ by at most {difference:.0e} with" in result.output
     sizes = [(folder / "encoder.onnx").stat().st_size for folder in (tmp_path / "int8", exported / "onnx")]
     assert sizes[0] < sizes[1]
     pipeline = IMedSamPipeline.from_pretrained(exported / "model")
@@ -156,6 +163,19 @@ def test_a_difference_that_is_no_number_is_none_to_accept(from_sam, tmp_path, mo
     nan = {"logits": torch.full((1, 500), torch.nan)}
     monkeypatch.setattr("imedsam.training.export.run_files", lambda *arguments: nan)
     assert np.isnan(largest_difference(from_sam(), tmp_path, "onnx", example_inputs(from_sam())))
+
+
+@pytest.mark.parametrize("difference", [1.0, float("nan")])
+@pytest.mark.parametrize("int8", [False, True])
+def test_files_that_give_something_else_are_not_left(exported, tmp_path, monkeypatch, difference, int8):
+    found = iter([0.0, difference] if int8 else [difference])
+    monkeypatch.setattr("imedsam.training.export.largest_difference", lambda *arguments: next(found))
+    if int8 and difference == 1.0:  # has its price, which is told
+        assert export_to_folder(str(exported / "model"), tmp_path / "out", int8=True) == 1.0
+        return
+    with pytest.raises(ValueError, match="Expected (files that give|finite logits)"):
+        export_to_folder(str(exported / "model"), tmp_path / "out", int8=int8)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_onnx_it_says_what_to_install(from_sam, tmp_path, monkeypatch):

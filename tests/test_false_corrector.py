@@ -495,6 +495,7 @@ def test_the_report_says_so(fields_model, drawn, tmp_path):
         for correct in (False, True)
     ]
     assert [report["correct"] for report in reports] == [False, True]
+    assert [report["settings"][0]["title"].endswith(", corrected") for report in reports] == [False, True]
     dice = [report["settings"][0]["methods"]["model"]["mean"]["dice"] for report in reports]
     expected = evaluate_masks(
         fields_model, make_processor(), load_examples(str(drawn), "test"), correct="dropout", progress=False

@@ -377,6 +377,17 @@ def test_an_upload_whose_answer_was_lost_is_one(hub, trained, tmp_path, lost):
     assert len(hub.files(REPO)["model.safetensors"]) > 1e5
 
 
+def test_what_another_one_commits_meanwhile_stays(hub, trained, tmp_path):
+    """Between the look at the repository and the commit."""
+    assert publish(hub, tmp_path / "home", trained)[0] == 0
+    repo = hub.repos[REPO]
+    others = {"README.md": Blob(b"another's")}
+    hub.before("POST", "/commit/", lambda: repo.commit("main", "theirs", others))
+    status, said = publish(hub, tmp_path / "home", trained, "--update", "--task", "other lesions")
+    assert status == 2 and "something else was committed there meanwhile" in said
+    assert hub.files(REPO) == {"README.md": b"another's"} and not hub.events
+
+
 def test_an_upload_that_another_one_came_before_is_none(hub, trained, tmp_path):
     """With files of the same names."""
     hub.fail("POST", "/commit/", late=True, status=412)

@@ -246,6 +246,9 @@ def test_without_its_code_nothing_says_that_it_comes_along(trained, tmp_path):
             **json.loads((trained / name).read_text()),
             "auto_map": json.loads((code / name).read_text())["auto_map"],
         }
+        if "image_processor" in merged:  # which transformers reads by itself
+            merged["image_processor"] = json.loads((code / name).read_text())["image_processor"]
+            assert "auto_map" in merged["image_processor"]
         (tmp_path / "lesions" / name).write_text(json.dumps(merged))
     folder = prepare(tmp_path / "lesions", tmp_path / "out")
     assert not any("auto_map" in path.read_text() for path in folder.glob("*.json"))
@@ -322,7 +325,14 @@ def test_what_is_no_training_and_no_report_is_refused(trained, sam_folder, tmp_p
         (["-o", tmp_path / "out", "--repo", "a--b/.."], "Expected --repo as user/name"),
         (["-o", tmp_path / "out", "--base-model", "/home/jane/sam"], "Expected --base-model as user/name"),
         (["-o", tmp_path / "out", "--license", "My own: none"], "Expected --license as the Hub names it"),
+        (["-o", tmp_path / "out", "--license", "Apache-2.0"], "in lower case, such as"),
+        (["-o", tmp_path / "out", "--license", "."], "Expected --license as the Hub names it"),
+        (["-o", tmp_path / "out", "--revision", "bad rev"], "Expected --revision as the name of a branch"),
+        (["-o", tmp_path / "out", "--revision", "-x"], "Expected --revision as the name of a branch"),
+        (["-o", tmp_path / "out", "--revision", "refs/pr/1"], "Expected --revision as the name of a branch"),
+        (["-o", trained / "out"], "Expected --output outside of the model's folder"),
+        (["-o", tmp_path / "out", "--picture", tmp_path / "nowhere.png"], "Expected an image at"),
     ):
         result = publish("--dry-run", *arguments, model=trained)
-        assert result.exit_code == 2 and message in words(result)
+        assert result.exit_code == 2 and message in words(result), words(result)
     assert not (tmp_path / "out").exists()

@@ -297,8 +297,14 @@ def publish(
     for flag, name in {"--repo": repo, "--base-model": base_model}.items():
         if name is not None:
             check_hub_name(flag, name)
-    if not re.fullmatch(r"[a-z0-9.-]+", license):
-        raise typer.BadParameter(f"Expected --license as the Hub names it, such as cc-by-nc-4.0, got {license!r}.")
+    if not re.fullmatch(r"[a-z][a-z0-9.-]+", license):
+        raise typer.BadParameter(
+            f"Expected --license as the Hub names it, in lower case, such as cc-by-nc-4.0, got {license!r}."
+        )
+    if revision is not None and not re.fullmatch(r"(?!refs/)[\w.][\w./-]*", revision):
+        raise typer.BadParameter(f"Expected --revision as the name of a branch, such as v1.0, got {revision!r}.")
+    if output is not None and Path(model).resolve() in output.resolve().parents:
+        raise typer.BadParameter(f"Expected --output outside of the model's folder, got {output}.")
     if dry_run and output is None:
         raise typer.BadParameter("Expected a folder for what would be sent with --dry-run: add -o FOLDER.")
     publication = Publication(repo, license, task, data_terms, base_model, with_code=with_code)
@@ -347,7 +353,7 @@ def export(
         )
     for path in sorted(output.iterdir()):
         typer.echo(f"{path.stat().st_size / 1e6:9.3f} MB  {path.name}")
-    typer.echo(f"Logits differ by at most {difference:.0e}{' before the encoder was quantised' if int8 else ''}.")
+    typer.echo(f"Logits differ by at most {difference:.0e}{' with the quantised encoder' if int8 else ''}.")
 
 
 @app.command()

@@ -65,19 +65,21 @@ class Setting:
         box_jitter: of the prompts.
         methods: the model evaluated is the first, the floors are the last.
         prompt: "box" or "click".
+        correct: whether the model's masks are corrected.
     """
 
     output_size: int | None
     box_jitter: float
     methods: dict[str, MethodScores] = field(default_factory=dict)
     prompt: str = "box"
+    correct: bool = False
 
     @property
     def title(self) -> str:
         size = "native size" if self.output_size is None else f"{self.output_size} x {self.output_size}"
-        if self.prompt == "click":
-            return f"{size}, a click each"
-        return f"{size}, {f'boxes jittered by {100 * self.box_jitter:g} %' if self.box_jitter else 'exact boxes'}"
+        jitter = f"boxes jittered by {100 * self.box_jitter:g} %" if self.box_jitter else "exact boxes"
+        prompts = "a click each" if self.prompt == "click" else jitter
+        return f"{size}, {prompts}{', corrected' if self.correct else ''}"
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def evaluate_to_folder(
         check_classes(pipeline, examples, name)
     output.mkdir(parents=True, exist_ok=True)
     protocol = Protocol(examples, spacing, tolerance, mode, seed, batch_size, correct)
-    settings = [Setting(size, jitter, prompt=prompt) for size, jitter in product(sizes, box_jitters)]
+    settings = [Setting(size, jitter, prompt=prompt, correct=correct) for size, jitter in product(sizes, box_jitters)]
     for setting in settings:
         for name, pipeline in pipelines.items():
             setting.methods[name] = _gather(_model_records(protocol, setting, state, name, pipeline))

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -46,7 +47,7 @@ def export_to_folder(
         revision: branch, tag or commit of the model on the Hub.
 
     Returns:
-        The largest difference of a logit to the model's.
+        The largest difference of a logit to the model's, with int8 of the quantised encoder's.
 
     Raises:
         ValueError: a model that has no such field (see `check_exportable`), int8 without ONNX, or files that do not
@@ -70,6 +71,9 @@ def export_to_folder(
             raise ValueError(f"Expected files that give the model's logits to {TOLERANCE}, got {difference:.1e}.")
         if int8:
             quantise(folder / "encoder.onnx")
+            difference = largest_difference(network, folder, file_format, inputs)
+            if not math.isfinite(difference):
+                raise ValueError(f"Expected finite logits with the encoder in 8-bit integers, got {difference}.")
     return difference
 
 

@@ -85,6 +85,7 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
         start="nothing" if base is None else f"`{base if base in on_hub else shown_name(base)}`",
         image_size=report["image_size"],
         classes=", ".join(report["classes"].values()),
+        prompts_from=PROMPTS_FROM[prompt],
         intervals=", with 95 % intervals in brackets" if publication and publication.evaluations else "",
         table="\n".join(results),
         trained=", ".join(f"{name} {count:,}" for name, count in report["trainable_parameters"].items()),
@@ -238,6 +239,12 @@ def is_hub_name(name: str) -> bool:
 
 # A single image needs no level of its own.
 PROMPTS = {"box": "input_boxes=[[8, 12, 50, 44]]", "click": "input_points=[[[29, 28]]]"}
+PROMPTS_FROM = {
+    "box": "Boxes come from the reference masks, so the filled box and the ellipse inscribed\n"
+    "in it are what the prompt alone is worth.",
+    "click": "A click is the innermost point of the reference mask. The filled box and the\n"
+    "ellipse inscribed in it are what the object's box is worth, of which a click says nothing.",
+}
 USAGE = """from PIL import Image
 from imedsam import IMedSamPipeline
 
@@ -269,6 +276,8 @@ inputs = processor(Image.open("image.png"), {prompts})
 outputs = model(**inputs)
 masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])
 ```
+
+These masks are interpolated from the model's square, and may differ by single pixels from those of the pipeline.
 """
 
 NO_TERMS = "the publisher says nothing of the data's terms: ask before you use the weights for more than research."
@@ -301,8 +310,7 @@ Boxes are x0, y0, x1, y1 and clicks x, y in pixels of the image, (0, 0) being it
 ## Metrics
 
 Means over objects{intervals}, at the images' own size unless stated otherwise; Dice, IoU and
-surface Dice (NSD) in percent. Boxes come from the reference masks, so the filled box and the ellipse inscribed in it
-are what the prompt alone is worth.
+surface Dice (NSD) in percent. {prompts_from}
 
 {table}
 ## Training

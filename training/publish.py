@@ -8,7 +8,6 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundError
-from PIL import Image
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from imedsam.hub_errors import check_token, explain_hub_errors
@@ -18,6 +17,7 @@ from imedsam.sam_checkpoints import load_sam
 from imedsam.training.baselines import load_model
 from imedsam.training.examples import read_object
 from imedsam.training.model_card import Publication, model_card, shown_name
+from imedsam.training.predict import read_image
 from imedsam.training.remote_code import forget_code, write_code
 from imedsam.training.report import new_folder, weights_hash, write_json
 
@@ -69,7 +69,7 @@ def prepare_folder(
     """
     training = read_training(Path(model))
     evaluations = [read_evaluation(report, Path(model)) for report in reports]
-    shown = None if picture is None else Image.open(picture).convert("RGB")
+    shown = None if picture is None else read_image(picture).convert("RGB")
     with new_folder(output) as folder:
         trained = load_model(model)
         if publication.with_code and (adapter or type(trained) is not IMedSamModel):
@@ -173,7 +173,7 @@ def upload(
                     "holds by a commit on top, or choose another name."
                 )
         else:
-            api.create_repo(repo_id, private=private)
+            api.create_repo(repo_id, private=private or None)  # as the organisation has it, unless it is asked for
         new_branch = revision is not None and not api.revision_exists(repo_id, revision)
         if new_branch:
             api.create_branch(repo_id, branch=str(revision))
