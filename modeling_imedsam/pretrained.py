@@ -232,6 +232,37 @@ class IMedSamPreTrainedModel(AdaptedSam):
                 )
         self._save_adapter(save_directory)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]  # wrapped there
+        """
+        Sends the whole model to the Hub, in one commit, with what transformers' `push_to_hub` takes. The adapter and
+        the weights that were there give way to it; all else stays, such as a card and metrics.
+
+        Raises:
+            ValueError: a model with an adapter, which Auto classes would look for beside the SAM that it names.
+        """
+        if self._hf_peft_config_loaded:
+            raise ValueError(
+                "Expected a model without an adapter, which any Auto class loads, got one with: merge_and_unload() "
+                "first, send the adapter alone with push_adapter_to_hub(), or use `imedsam publish`, which merges."
+            )
+        push: Any = super().push_to_hub
+        return push(repo_id, **kwargs)
+
+    # What transformers' push_to_hub ends with, where nothing is deleted.
+    def _upload_modified_files(  # type: ignore[override]  # called by names alone
+        self, working_dir: str, repo_id: str, files_timestamps: dict[str, float], *, commit_message: Any, **place: Any
+    ) -> str:
+        api, revision = HfApi(token=place.pop("token")), place["revision"]
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=working_dir,
+            commit_message=commit_message or "Upload model",
+            delete_patterns=[ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, *_WHOLE_WEIGHTS],
+            **place,
+        )
+
     def push_adapter_to_hub(
         self, repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
     ) -> str:
@@ -272,7 +303,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
                     revision=revision,
                     commit_message="Upload adapter",
                     # Of a whole model from before, which would be loaded.
-                    delete_patterns=["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME],
+                    delete_patterns=_WHOLE_WEIGHTS,
                 )
         return commit.commit_url
 
@@ -320,6 +351,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
 
 
 _LOADING_KEYS = FINDING_KEYS | {"dtype", "attn_implementation"}
+_WHOLE_WEIGHTS = ["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME]
 # Where in the Hub an adapter is, which says nothing about its base.
 _PLACE_KEYS = {"revision", "subfolder"}
 
