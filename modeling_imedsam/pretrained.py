@@ -24,7 +24,9 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     cached_file,
     find_adapter_config_file,
+    logging,
 )
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from imedsam.adapters import AdaptedSam
 from imedsam.bottleneck import SilentLinear
@@ -39,6 +41,8 @@ from imedsam.sam_checkpoints import FINDING_KEYS, SamCheckpoint, load_sam, only_
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+logger = logging.get_logger(__name__)
 
 
 class IMedSamPreTrainedModel(AdaptedSam):
@@ -113,6 +117,8 @@ class IMedSamPreTrainedModel(AdaptedSam):
                     kwargs = {key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
                 else:
                     _refuse_lone_weights(path, finding)
+                    if "lora_rank" not in kwargs:
+                        _refuse_lost_adapter(path, cls.config_class.from_pretrained(path, **finding))
                 # Declared to return the model alone.
                 loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
                 model, found = loaded
@@ -190,13 +196,14 @@ class IMedSamPreTrainedModel(AdaptedSam):
     ) -> None:
         """
         Writes the whole model: `config.json`, `model.safetensors` and, with an adapter, the adapter's two files beside
-        them (a complete model with an embedded adapter, as transformers calls it). Without one, an adapter that lies
-        in the folder from before is removed: it would be loaded on top.
+        them (a complete model with an embedded adapter, as transformers calls it). Weights that lie in the folder from
+        before are removed, and without an adapter an adapter too: they would be loaded instead, or on top.
         """
         if push_to_hub:
             raise ValueError("Expected a folder to write, got push_to_hub=True: use model.push_to_hub(repo_id).")
         if not self._hf_peft_config_loaded:
-            for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME) if is_main_process else ():
+            stale = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+            for name in stale if is_main_process else ():
                 Path(save_directory, name).unlink(missing_ok=True)
             return super().save_pretrained(save_directory, is_main_process, **kwargs)
         shards = {key: kwargs.pop(key) for key in ("max_shard_size",) if key in kwargs}
@@ -317,6 +324,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
         """
         A stock `SamModel` with the encoder as it was trained, LoRA merged, and the prompt encoder and the parts of
         SAM's mask decoder that came with it, on a copy: for what is built on SAM. The fields are no part of a SAM.
+        Merged it is in float32 at least, as a small update of LoRA's would drown in half precision.
 
         Raises:
             ValueError: with a frequency branch, whose part depends on the image, or with what SAM's decoder is not.
@@ -327,15 +335,18 @@ class IMedSamPreTrainedModel(AdaptedSam):
                 "whose part of the encoder no SamModel has: train with frequency_view=None, or disable_adapters() for "
                 "the SAM that it started from."
             )
+        dtype = self.dtype
         if self._adapter_disabled:
             state_dict = self._base_state_dict()
         else:
-            merged: nn.Module = deepcopy(self).float().merge_and_unload()  # LoRA would drown in half precision
-            state_dict = merged.state_dict()
+            if self._hf_peft_config_loaded:
+                dtype = torch.promote_types(dtype, torch.float32)
+            merged: Any = nn.Module.to(deepcopy(self), dtype)
+            state_dict = merged.merge_and_unload().state_dict()
         state_dict = fuse_qkv({key: v for key, v in state_dict.items() if not re.match(self.own_parts, key)})
         sam_config = deepcopy(self.config.sam_config)
         sam: nn.Module = SamCheckpoint(str(self.name_or_path), sam_config, state_dict).to_model()
-        return cast(SamModel, sam.to(self.device, self.dtype))
+        return cast(SamModel, sam.to(self.device, dtype))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -400,9 +411,13 @@ def _single_device(device_map: Any) -> torch.device | None:
 
 def _folder_of_whole_model(path: str, finding: dict[str, Any]) -> str | None:
     """The local folder of a checkpoint that holds a whole model beside its adapter; None for an adapter alone."""
-    names = [CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME]
+    names = [CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
     files = [cached_file(path, name, _raise_exceptions_for_missing_entries=False, **finding) for name in names]
-    return None if files[-1] is None else os.path.dirname(files[-1])
+    single, index = files[2:]
+    if single is None and index is not None and not os.path.isdir(path):
+        get_checkpoint_shard_files(path, index, **finding)  # beside it
+    found = single or index
+    return None if found is None else os.path.dirname(found)
 
 
 def _refuse_lone_weights(path: str, finding: dict[str, Any]) -> None:
@@ -412,6 +427,21 @@ def _refuse_lone_weights(path: str, finding: dict[str, Any]) -> None:
             f"Expected {ADAPTER_CONFIG_NAME} beside {ADAPTER_SAFE_WEIGHTS_NAME} at {path}, got none: copy or download "
             "it again."
         )
+
+
+def _refuse_lost_adapter(path: str, config: IMedSamConfig) -> None:
+    """A whole model of which the adapter's two files were left out is an untrained one."""
+    if getattr(config, "lora_rank", 0) == 0:  # which a U-Net has not at all
+        return
+    if config.base_model_sha256 is not None:  # on a SAM LoRA is never without its adapter
+        raise ValueError(
+            f"Expected {ADAPTER_CONFIG_NAME} and {ADAPTER_SAFE_WEIGHTS_NAME} at {path}, whose config.json says "
+            f"lora_rank={config.lora_rank}, got neither: copy or download it again, or give lora_rank=0 and "
+            "lora_targets=[] for what it was before it was trained."
+        )
+    logger.warning(
+        f"No adapter at {path}, whose config.json says lora_rank={config.lora_rank}: LoRA would start anew."
+    )
 
 
 def _refuse_other_checkpoint(path: str, expected: str, finding: dict[str, Any]) -> None:

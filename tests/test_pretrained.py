@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import SamModel
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
@@ -284,6 +285,51 @@ def test_a_whole_model_without_some_of_its_weights_is_refused(from_sam, tiny_sam
         IMedSamModel.from_pretrained(tmp_path / "merged")
 
 
+def test_a_whole_model_that_lost_its_adapter_is_refused(model, tiny_config, tmp_path, caplog):
+    """Its base alone would be loaded, as if it had never been trained."""
+    model.save_pretrained(tmp_path / "whole")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "whole" / name).unlink()
+    with pytest.raises(ValueError, match="Expected adapter_config.json and .* at .*lora_rank=4, got neither: copy or"):
+        IMedSamModel.from_pretrained(tmp_path / "whole")
+    base = IMedSamModel.from_pretrained(tmp_path / "whole", lora_rank=0, lora_targets=[])
+    assert_close(base.state_dict(), model._base_state_dict(), rtol=0, atol=0)
+    IMedSamModel(tiny_config()).save_pretrained(tmp_path / "new")  # which never had one
+    with caplog.at_level("WARNING"):
+        logging.enable_propagation()
+        try:
+            IMedSamModel.from_pretrained(tmp_path / "new")
+        finally:
+            logging.disable_propagation()
+    assert "No adapter at" in caplog.text and "LoRA would start anew" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["folder", "cache"])
+def test_a_whole_model_in_several_files_needs_no_sam(model, inputs, tmp_path, place):
+    revision = "0" * 40
+    folder = tmp_path / "models--someone--imedsam" / "snapshots" / revision
+    model.name_or_path = model.peft_config["default"].base_model_name_or_path = "/nowhere"
+    model.save_pretrained(folder, max_shard_size="50KB")
+    assert not (folder / "model.safetensors").exists()
+    where = {"cache_dir": tmp_path, "revision": revision} if place == "cache" else {}
+    loaded = IMedSamModel.from_pretrained("someone/imedsam" if where else folder, **where)
+    assert torch.equal(masks(loaded, inputs), masks(model, inputs))
+    with pytest.raises(ValueError, match="Expected no base_model_name_or_path with .*: it is a whole model"):
+        IMedSamModel.from_pretrained(folder, base_model_name_or_path=tmp_path)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("sizes", [("5GB", "50KB"), ("50KB", "5GB")], ids=str)
+def test_saved_over_another_in_other_files_it_comes_back(from_sam, inputs, tmp_path, merged, sizes):
+    for seed, size in enumerate(sizes):
+        model = from_sam(seed=seed)
+        model = model.merge_and_unload() if merged else model
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors").exists() == (size == "5GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (size == "50KB")
+    assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path), inputs), masks(model, inputs))
+
+
 def test_commands_look_for_the_sam_of_an_adapter_where_they_are_told(sam_folder, tmp_path):
     shutil.copytree(sam_folder, tmp_path / "sam")
     model = IMedSamModel.from_sam_pretrained(
@@ -375,6 +421,26 @@ def test_a_stock_sam_has_the_trained_encoder(from_sam, tiny_sam, inputs, tmp_pat
         assert_close(output.pred_masks, masks(model, inputs), atol=1e-4, rtol=1e-4)
     again = IMedSamModel.from_sam_pretrained(tmp_path, image_size=64, frequency_view=None)
     assert_close(again.get_image_embeddings(pixels), embeddings, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_update_survives_in_a_stock_sam(from_sam, dtype):
+    """Which half precision would round away."""
+    model = from_sam(frequency_view=None).to(dtype)
+    layer = model.vision_encoder.layers[0].attn.qkv.q_proj
+    layer.base_layer.weight.fill_(1)
+    layer.lora_A["default"].weight.fill_(1e-2)
+    layer.lora_B["default"].weight.fill_(1e-2)
+    sam = model.to_sam()
+    width = layer.base_layer.weight.shape[0]
+    update = sam.vision_encoder.layers[0].attn.qkv.weight[:width] - 1
+    expected = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    assert_close(update, expected.float(), atol=1e-6, rtol=1e-2)
+    assert (1 + expected == 1).all() and sam.dtype == torch.float32 and model.dtype == dtype
+    assert from_sam(frequency_view=None, lora_rank=0).to(dtype).to_sam().dtype == dtype
+    model.disable_adapters()
+    assert model.to_sam().dtype == dtype
 
 
 @torch.no_grad()
