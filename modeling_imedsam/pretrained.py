@@ -35,9 +35,9 @@ from imedsam.frequency import FrequencyBranch
 from imedsam.hub_errors import check_token, explain_hub_errors
 from imedsam.image_encoder import resize_positions
 from imedsam.implicit_decoder import ClassLinear, EllipsePrior, HiddenLinear
-from imedsam.lora import fuse_qkv, split_qkv
+from imedsam.lora import fuse_qkv, read_adapter, split_qkv
 from imedsam.pixel_decoder import HiddenConvolution
-from imedsam.sam_checkpoints import FINDING_KEYS, SamCheckpoint, load_sam, only_finding, refuse_damaged
+from imedsam.sam_checkpoints import FINDING_KEYS, SamCheckpoint, load_sam, only_finding, refuse_damaged, refuse_nowhere
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,6 +95,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
         path = str(pretrained_model_name_or_path)
         if os.path.isdir(path):  # where not every release of transformers looks into the subfolder for an adapter
             path = os.path.join(path, kwargs.pop("subfolder", ""))
+        refuse_nowhere(path)
         finding = only_finding(kwargs)
         has_adapter = find_adapter_config_file(path, **finding) is not None
         if has_adapter and (fixed := [key for key in ("lora_rank", "lora_alpha", "lora_targets") if key in kwargs]):
@@ -104,6 +105,8 @@ class IMedSamPreTrainedModel(AdaptedSam):
             )
         if not has_adapter or "config" not in kwargs:
             _refuse_other_checkpoint(path, cls.config_class.model_type, finding)
+        if has_adapter:
+            read_adapter(path, cls.config_class.from_pretrained(path, **finding), finding)
         folder = _folder_of_whole_model(path, finding) if has_adapter else path
         if folder is not None and base_model_name_or_path is not None:
             raise ValueError(
@@ -141,7 +144,13 @@ class IMedSamPreTrainedModel(AdaptedSam):
         values = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.config_class.configuration_keys()}
         if values and "config" in kwargs:
             raise ValueError(f"Expected config or values for it, got both: put {', '.join(values)} into the config.")
-        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path, **finding, **values)
+        stored = cls.config_class.from_pretrained(path, **finding, **values)
+        if stored.base_model_sha256 is None:
+            raise ValueError(
+                f"Expected the adapter at {path} to know the weights of its SAM, got no base_model_sha256 in its "
+                f"{CONFIG_NAME}: copy or download it again."
+            )
+        config = kwargs.pop("config", None) or stored
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", "auto")
         device = _single_device(kwargs.pop("device_map", None))
         loading = {key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
@@ -448,6 +457,11 @@ def _refuse_other_checkpoint(path: str, expected: str, finding: dict[str, Any]) 
     model_type = PreTrainedConfig.get_config_dict(path, **finding)[0].get("model_type")
     if model_type == expected:
         return
+    if model_type is None:
+        raise ValueError(
+            f"Expected an I-MedSAM checkpoint at {path}, got no {CONFIG_NAME}: check the path, or copy or download it "
+            "again."
+        )
     if str(model_type).startswith((IMedSamConfig.model_type, "sf_recsam")):
         raise ValueError(
             f"Expected a checkpoint of type {expected!r} at {path}, got one of type {model_type!r}: "

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from drawn_folders import make_processor
-from peft import PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.training.baselines import load_model
 from imedsam.training.cli import app
 
 
@@ -328,6 +329,69 @@ def test_saved_over_another_in_other_files_it_comes_back(from_sam, inputs, tmp_p
     assert (tmp_path / "model.safetensors").exists() == (size == "5GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == (size == "50KB")
     assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path), inputs), masks(model, inputs))
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "config.json").unlink(), "Expected an .* at .*, got no"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            "its adapter_model.safetensors at .*, got no",
+        ),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text('{"r": '),
+            "JSON in .*, got a damaged file .*: copy",
+        ),
+        (lambda folder: (folder / "adapter_config.json").write_text("[1]"), r"an object in .*, got \[1\]: copy"),
+        (lambda folder: change_json(folder / "adapter_config.json", peft_type="X"), "peft_type 'LORA' at .*, got 'X'"),
+        (lambda folder: change_json(folder / "adapter_config.json", r=8), "with r 4, as the .* says, got 8: make"),
+        (lambda folder: change_json(folder / "adapter_config.json", lora_alpha=1), "with lora_alpha 4.*, got 1: make"),
+        (lambda folder: change_json(folder / "adapter_config.json", target_modules="x"), "target_modules .*, got 'x'"),
+        (
+            lambda folder: change_json(folder / "config.json", lora_targets=["k_proj"]),
+            "target_modules .*k_proj.*, got",
+        ),
+    ],
+)
+def test_a_damaged_adapter_says_what_to_do(model, tmp_path, whole, damage, message):
+    model.save_pretrained(tmp_path) if whole else model.save_adapter(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        IMedSamModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message.replace("got no", "got none: copy or download it again")):
+        model.load_adapter(str(tmp_path), "other")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_an_adapter_that_knows_no_sam_is_refused(model, tmp_path):
+    model.save_adapter(tmp_path)
+    change_json(tmp_path / "config.json", base_model_sha256=None)
+    with pytest.raises(
+        ValueError, match="to know the weights of its SAM, got no base_model_sha256 in its config.json"
+    ):
+        IMedSamModel.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_named(model, tmp_path):
+    for load in (IMedSamModel.from_pretrained, load_model, lambda path: model.load_adapter(path, "other")):
+        with pytest.raises(
+            OSError, match="Expected a model's folder .*, got .*/nothing, where no folder is: check it"
+        ):
+            load(str(tmp_path / "nothing"))
+    with pytest.raises(OSError, match="got .*/liver, where no folder is"):
+        IMedSamModel.from_pretrained(tmp_path, subfolder="liver")
+
+
+def test_a_new_adapter_is_as_the_configuration_says(model):
+    with pytest.raises(ValueError, match="Expected an adapter with r 4, as the configuration says, got 2: make the"):
+        model.add_adapter(LoraConfig(r=2), "other")
+    assert list(model.peft_config) == ["default"]
 
 
 def test_commands_look_for_the_sam_of_an_adapter_where_they_are_told(sam_folder, tmp_path):
