@@ -14,13 +14,14 @@ from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.sam.modeling_sam import SamPreTrainedModel
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.implicit_decoder import ImplicitDecoder
-from imedsam.lora import get_peft_config
-from imedsam.sam_checkpoints import only_finding, refuse_damaged
+from imedsam.lora import get_peft_config, read_adapter, refuse_contradictions
+from imedsam.sam_checkpoints import only_finding, refuse_damaged, refuse_nowhere
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,11 +65,12 @@ class AdaptedSam(SamPreTrainedModel):
             adapter_config: by default the one that the configuration describes.
 
         Raises:
-            ValueError: a name with a dot.
+            ValueError: a name with a dot, or an adapter that contradicts the configuration.
         """
         _refuse_dots(adapter_name)
         others: list[Any] = list(self.peft_config.values()) if self._hf_peft_config_loaded else []
         adapter_config = adapter_config or get_peft_config(self.config)
+        refuse_contradictions(adapter_config, self.config)
         with self._copying_decoder_of(self.config), _unsurprised():
             super().add_adapter(adapter_config, adapter_name)
         self._adapter_values[adapter_name or "default"] = _own_values(self.config)
@@ -91,7 +93,8 @@ class AdaptedSam(SamPreTrainedModel):
 
         Raises:
             ValueError: an adapter of another configuration than that of those which are there, or none to switch from;
-                a name with a dot.
+                one of which a file is missing, damaged or contradicts another; a name with a dot.
+            OSError: there is no such folder.
         """
         _refuse_dots(adapter_name)
         if not self._hf_peft_config_loaded and self.config.lora_rank == 0:
@@ -108,9 +111,17 @@ class AdaptedSam(SamPreTrainedModel):
         if peft_model_id is not None:
             if os.path.isdir(peft_model_id):
                 peft_model_id = os.path.join(peft_model_id, place.pop("subfolder", ""))
-            other = self.config_class.from_pretrained(peft_model_id, **only_finding(place))
-            first = ["base_model_sha256"] if other.base_model_sha256 is not None else []
-            for key in _SHARED_BY_ADAPTERS if others else first:
+            peft_model_id = str(peft_model_id)
+            refuse_nowhere(peft_model_id)
+            finding = only_finding(place)
+            if not PreTrainedConfig.get_config_dict(peft_model_id, **finding)[0]:
+                raise ValueError(
+                    f"Expected an adapter with its {CONFIG_NAME} at {peft_model_id}, got none: copy or download it "
+                    "again."
+                )
+            other = self.config_class.from_pretrained(peft_model_id, **finding)
+            read_adapter(peft_model_id, other, finding)
+            for key in _SHARED_BY_ADAPTERS if others else ["base_model_sha256"]:
                 if getattr(other, key) != getattr(self.config, key):
                     raise ValueError(
                         f"Expected an adapter with {key} {getattr(self.config, key)!r}, got {getattr(other, key)!r} "

@@ -24,7 +24,9 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     cached_file,
     find_adapter_config_file,
+    logging,
 )
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from imedsam.adapters import AdaptedSam
 from imedsam.bottleneck import ZeroLinear
@@ -33,12 +35,14 @@ from imedsam.frequency import FrequencyBranch
 from imedsam.hub_errors import check_token, explain_hub_errors
 from imedsam.image_encoder import resize_positions
 from imedsam.implicit_decoder import ClassLinear, EllipsePrior, HiddenLinear
-from imedsam.lora import fuse_qkv, split_qkv
+from imedsam.lora import fuse_qkv, read_adapter, split_qkv
 from imedsam.pixel_decoder import HiddenConvolution
-from imedsam.sam_checkpoints import FINDING_KEYS, SamCheckpoint, load_sam, only_finding, refuse_damaged
+from imedsam.sam_checkpoints import FINDING_KEYS, SamCheckpoint, load_sam, only_finding, refuse_damaged, refuse_nowhere
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+logger = logging.get_logger(__name__)
 
 
 class IMedSamPreTrainedModel(AdaptedSam):
@@ -91,6 +95,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
         path = str(pretrained_model_name_or_path)
         if os.path.isdir(path):  # where not every release of transformers looks into the subfolder for an adapter
             path = os.path.join(path, kwargs.pop("subfolder", ""))
+        refuse_nowhere(path)
         finding = only_finding(kwargs)
         has_adapter = find_adapter_config_file(path, **finding) is not None
         if has_adapter and (fixed := [key for key in ("lora_rank", "lora_alpha", "lora_targets") if key in kwargs]):
@@ -100,6 +105,8 @@ class IMedSamPreTrainedModel(AdaptedSam):
             )
         if not has_adapter or "config" not in kwargs:
             _refuse_other_checkpoint(path, cls.config_class.model_type, finding)
+        if has_adapter:
+            read_adapter(path, cls.config_class.from_pretrained(path, **finding), finding)
         folder = _folder_of_whole_model(path, finding) if has_adapter else path
         if folder is not None and base_model_name_or_path is not None:
             raise ValueError(
@@ -113,6 +120,8 @@ class IMedSamPreTrainedModel(AdaptedSam):
                     kwargs = {key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
                 else:
                     _refuse_lone_weights(path, finding)
+                    if "lora_rank" not in kwargs:
+                        _refuse_lost_adapter(path, cls.config_class.from_pretrained(path, **finding))
                 # Declared to return the model alone.
                 loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
                 model, found = loaded
@@ -135,7 +144,13 @@ class IMedSamPreTrainedModel(AdaptedSam):
         values = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.config_class.configuration_keys()}
         if values and "config" in kwargs:
             raise ValueError(f"Expected config or values for it, got both: put {', '.join(values)} into the config.")
-        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path, **finding, **values)
+        stored = cls.config_class.from_pretrained(path, **finding, **values)
+        if stored.base_model_sha256 is None:
+            raise ValueError(
+                f"Expected the adapter at {path} to know the weights of its SAM, got no base_model_sha256 in its "
+                f"{CONFIG_NAME}: copy or download it again."
+            )
+        config = kwargs.pop("config", None) or stored
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", "auto")
         device = _single_device(kwargs.pop("device_map", None))
         loading = {key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
@@ -190,13 +205,14 @@ class IMedSamPreTrainedModel(AdaptedSam):
     ) -> None:
         """
         Writes the whole model: `config.json`, `model.safetensors` and, with an adapter, the adapter's two files beside
-        them (a complete model with an embedded adapter, as transformers calls it). Without one, an adapter that lies
-        in the folder from before is removed: it would be loaded on top.
+        them (a complete model with an embedded adapter, as transformers calls it). Weights that lie in the folder from
+        before are removed, and without an adapter an adapter too: they would be loaded instead, or on top.
         """
         if push_to_hub:
             raise ValueError("Expected a folder to write, got push_to_hub=True: use model.push_to_hub(repo_id).")
         if not self._hf_peft_config_loaded:
-            for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME) if is_main_process else ():
+            stale = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+            for name in stale if is_main_process else ():
                 Path(save_directory, name).unlink(missing_ok=True)
             return super().save_pretrained(save_directory, is_main_process, **kwargs)
         shards = {key: kwargs.pop(key) for key in ("max_shard_size",) if key in kwargs}
@@ -231,6 +247,37 @@ class IMedSamPreTrainedModel(AdaptedSam):
                     "would put the adapter on that. Choose another folder, or use save_pretrained."
                 )
         self._save_adapter(save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]  # wrapped there
+        """
+        Sends the whole model to the Hub, in one commit, with what transformers' `push_to_hub` takes. The adapter and
+        the weights that were there give way to it; all else stays, such as a card and metrics.
+
+        Raises:
+            ValueError: a model with an adapter, which Auto classes would look for beside the SAM that it names.
+        """
+        if self._hf_peft_config_loaded:
+            raise ValueError(
+                "Expected a model without an adapter, which any Auto class loads, got one with: merge_and_unload() "
+                "first, send the adapter alone with push_adapter_to_hub(), or use `imedsam publish`, which merges."
+            )
+        push: Any = super().push_to_hub
+        return push(repo_id, **kwargs)
+
+    # What transformers' push_to_hub ends with, where nothing is deleted.
+    def _upload_modified_files(  # type: ignore[override]  # called by names alone
+        self, working_dir: str, repo_id: str, files_timestamps: dict[str, float], *, commit_message: Any, **place: Any
+    ) -> str:
+        api, revision = HfApi(token=place.pop("token")), place["revision"]
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=working_dir,
+            commit_message=commit_message or "Upload model",
+            delete_patterns=[ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, *_WHOLE_WEIGHTS],
+            **place,
+        )
 
     def push_adapter_to_hub(
         self, repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
@@ -272,7 +319,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
                     revision=revision,
                     commit_message="Upload adapter",
                     # Of a whole model from before, which would be loaded.
-                    delete_patterns=["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME],
+                    delete_patterns=_WHOLE_WEIGHTS,
                 )
         return commit.commit_url
 
@@ -286,6 +333,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
         """
         A stock `SamModel` with the encoder as it was trained, LoRA merged, and the prompt encoder and the parts of
         SAM's mask decoder that came with it, on a copy: for what is built on SAM. The fields are no part of a SAM.
+        Merged it is in float32 at least, as a small update of LoRA's would drown in half precision.
 
         Raises:
             ValueError: with a frequency branch, whose part depends on the image, or with what SAM's decoder is not.
@@ -296,15 +344,18 @@ class IMedSamPreTrainedModel(AdaptedSam):
                 "whose part of the encoder no SamModel has: train with frequency_view=None, or disable_adapters() for "
                 "the SAM that it started from."
             )
+        dtype = self.dtype
         if self._adapter_disabled:
             state_dict = self._base_state_dict()
         else:
-            merged: nn.Module = deepcopy(self).float().merge_and_unload()  # LoRA would drown in half precision
-            state_dict = merged.state_dict()
+            if self._hf_peft_config_loaded:
+                dtype = torch.promote_types(dtype, torch.float32)
+            merged: Any = nn.Module.to(deepcopy(self), dtype)
+            state_dict = merged.merge_and_unload().state_dict()
         state_dict = fuse_qkv({key: v for key, v in state_dict.items() if not re.match(self.own_parts, key)})
         sam_config = deepcopy(self.config.sam_config)
         sam: nn.Module = SamCheckpoint(str(self.name_or_path), sam_config, state_dict).to_model()
-        return cast(SamModel, sam.to(self.device, self.dtype))
+        return cast(SamModel, sam.to(self.device, dtype))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -320,6 +371,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
 
 
 _LOADING_KEYS = FINDING_KEYS | {"dtype", "attn_implementation"}
+_WHOLE_WEIGHTS = ["model*.safetensors", SAFE_WEIGHTS_INDEX_NAME]
 # Where in the Hub an adapter is, which says nothing about its base.
 _PLACE_KEYS = {"revision", "subfolder"}
 
@@ -368,9 +420,13 @@ def _single_device(device_map: Any) -> torch.device | None:
 
 def _folder_of_whole_model(path: str, finding: dict[str, Any]) -> str | None:
     """The local folder of a checkpoint that holds a whole model beside its adapter; None for an adapter alone."""
-    names = [CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME]
+    names = [CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
     files = [cached_file(path, name, _raise_exceptions_for_missing_entries=False, **finding) for name in names]
-    return None if files[-1] is None else os.path.dirname(files[-1])
+    single, index = files[2:]
+    if single is None and index is not None and not os.path.isdir(path):
+        get_checkpoint_shard_files(path, index, **finding)  # beside it
+    found = single or index
+    return None if found is None else os.path.dirname(found)
 
 
 def _refuse_lone_weights(path: str, finding: dict[str, Any]) -> None:
@@ -382,10 +438,30 @@ def _refuse_lone_weights(path: str, finding: dict[str, Any]) -> None:
         )
 
 
+def _refuse_lost_adapter(path: str, config: IMedSamConfig) -> None:
+    """A whole model of which the adapter's two files were left out is an untrained one."""
+    if getattr(config, "lora_rank", 0) == 0:  # which a U-Net has not at all
+        return
+    if config.base_model_sha256 is not None:  # on a SAM LoRA is never without its adapter
+        raise ValueError(
+            f"Expected {ADAPTER_CONFIG_NAME} and {ADAPTER_SAFE_WEIGHTS_NAME} at {path}, whose config.json says "
+            f"lora_rank={config.lora_rank}, got neither: copy or download it again, or give lora_rank=0 and "
+            "lora_targets=[] for what it was before it was trained."
+        )
+    logger.warning(
+        f"No adapter at {path}, whose config.json says lora_rank={config.lora_rank}: LoRA would start anew."
+    )
+
+
 def _refuse_other_checkpoint(path: str, expected: str, finding: dict[str, Any]) -> None:
     model_type = PreTrainedConfig.get_config_dict(path, **finding)[0].get("model_type")
     if model_type == expected:
         return
+    if model_type is None:
+        raise ValueError(
+            f"Expected an I-MedSAM checkpoint at {path}, got no {CONFIG_NAME}: check the path, or copy or download it "
+            "again."
+        )
     if str(model_type).startswith((IMedSamConfig.model_type, "sf_recsam")):
         raise ValueError(
             f"Expected a checkpoint of type {expected!r} at {path}, got one of type {model_type!r}: "

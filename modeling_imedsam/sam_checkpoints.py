@@ -122,6 +122,13 @@ def refuse_damaged(path: str) -> Iterator[None]:
         ) from error
 
 
+def refuse_nowhere(path: str) -> None:
+    """Of a path that can be no name on the Hub, transformers would say how such a name looks."""
+    is_path = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1
+    if is_path and not os.path.isdir(path):
+        raise OSError(f"Expected a model's folder or its name on the Hub, got {path}, where no folder is: check it.")
+
+
 def only_finding(loading: Mapping[str, Any]) -> dict[str, Any]:
     """What of it says where files are."""
     return {key: value for key, value in loading.items() if key in FINDING_KEYS}

@@ -188,6 +188,7 @@ for key, value in model.state_dict().items():
 def test_an_adapter_is_pushed(hub, sam_folder, tmp_path):
     push_sam(hub, tmp_path / "home", sam_folder)
     code = """
+import copy
 import torch
 from imedsam import IMedSamModel
 small = {"coarse_widths": [32, 32], "fine_widths": [32, 32], "image_size": 64}
@@ -195,7 +196,8 @@ model = IMedSamModel.from_sam_pretrained("tester/sam", **small)
 for parameters in model.parameter_parts().values():
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.1)
-model.push_to_hub("tester/adapter", private=True, max_shard_size="50KB")  # whole, which is no longer there afterwards
+whole = copy.deepcopy(model).merge_and_unload()
+whole.push_to_hub("tester/adapter", private=True, max_shard_size="50KB")  # is no longer there afterwards
 print(model.push_adapter_to_hub("tester/adapter"))
 loaded = IMedSamModel.from_pretrained("tester/adapter")
 for key, value in model.get_adapter_state_dict().items():
@@ -227,6 +229,37 @@ def test_what_is_beside_an_adapter_stays(hub, trained, sam_folder, tmp_path):
     assert files.keys() > {"adapter_model.safetensors"} and files["config.json"] != before["config.json"]
     for name in ("README.md", "metrics.json", "processor_config.json"):
         assert files[name] == before[name]
+
+
+def test_a_whole_model_takes_the_place_of_an_adapter(hub, from_sam, tmp_path):
+    """And of weights in several files; adapters in folders of their own, and the card, stay."""
+    model = from_sam()
+    model.save_adapter(tmp_path / "adapter")
+    files = {path.name: Blob(path.read_bytes()) for path in (tmp_path / "adapter").iterdir()}
+    beside = {"liver/adapter_config.json": Blob(b"{}"), "README.md": Blob(b"# A card\n")}
+    hub.repos[REPO] = repo = Repo(REPO, private=False)
+    repo.commit("main", "adapter", {**files, **beside, "model-00001-of-00002.safetensors": LIVER})
+    model.save_pretrained(tmp_path / "whole")
+    merge = f"""
+import torch
+from imedsam import IMedSamModel
+from transformers import AutoModel
+model = IMedSamModel.from_pretrained({str(tmp_path / "whole")!r})
+"""
+    status, said = run(hub, tmp_path / "home", [sys.executable, "-c", f"{merge}\nmodel.push_to_hub({REPO!r})"])
+    assert status == 1 and "got one with: merge_and_unload() first" in said and len(repo.commits) == 1
+    merge += f"""
+model.merge_and_unload().push_to_hub({REPO!r}, commit_message="Merged")
+for auto in (AutoModel, IMedSamModel):
+    loaded = auto.from_pretrained({REPO!r})
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+"""
+    status, said = run(hub, tmp_path / "home", [sys.executable, "-c", merge])
+    assert status == 0 and len(hub.repos[REPO].commits) == 2, said
+    sent = hub.files(REPO)
+    assert set(sent) - {".gitattributes"} == {"config.json", "model.safetensors", *beside}
+    assert sent["README.md"].endswith(b"# A card\n") and sent["liver/adapter_config.json"] == b"{}"
 
 
 def test_an_adapter_is_of_one_place(hub, from_sam, tmp_path):

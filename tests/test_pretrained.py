@@ -6,15 +6,17 @@ import shutil
 import pytest
 import torch
 from drawn_folders import make_processor
-from peft import PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import SamModel
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.training.baselines import load_model
 from imedsam.training.cli import app
 
 
@@ -284,6 +286,114 @@ def test_a_whole_model_without_some_of_its_weights_is_refused(from_sam, tiny_sam
         IMedSamModel.from_pretrained(tmp_path / "merged")
 
 
+def test_a_whole_model_that_lost_its_adapter_is_refused(model, tiny_config, tmp_path, caplog):
+    """Its base alone would be loaded, as if it had never been trained."""
+    model.save_pretrained(tmp_path / "whole")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "whole" / name).unlink()
+    with pytest.raises(ValueError, match="Expected adapter_config.json and .* at .*lora_rank=4, got neither: copy or"):
+        IMedSamModel.from_pretrained(tmp_path / "whole")
+    base = IMedSamModel.from_pretrained(tmp_path / "whole", lora_rank=0, lora_targets=[])
+    assert_close(base.state_dict(), model._base_state_dict(), rtol=0, atol=0)
+    IMedSamModel(tiny_config()).save_pretrained(tmp_path / "new")  # which never had one
+    with caplog.at_level("WARNING"):
+        logging.enable_propagation()
+        try:
+            IMedSamModel.from_pretrained(tmp_path / "new")
+        finally:
+            logging.disable_propagation()
+    assert "No adapter at" in caplog.text and "LoRA would start anew" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["folder", "cache"])
+def test_a_whole_model_in_several_files_needs_no_sam(model, inputs, tmp_path, place):
+    revision = "0" * 40
+    folder = tmp_path / "models--someone--imedsam" / "snapshots" / revision
+    model.name_or_path = model.peft_config["default"].base_model_name_or_path = "/nowhere"
+    model.save_pretrained(folder, max_shard_size="50KB")
+    assert not (folder / "model.safetensors").exists()
+    where = {"cache_dir": tmp_path, "revision": revision} if place == "cache" else {}
+    loaded = IMedSamModel.from_pretrained("someone/imedsam" if where else folder, **where)
+    assert torch.equal(masks(loaded, inputs), masks(model, inputs))
+    with pytest.raises(ValueError, match="Expected no base_model_name_or_path with .*: it is a whole model"):
+        IMedSamModel.from_pretrained(folder, base_model_name_or_path=tmp_path)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("sizes", [("5GB", "50KB"), ("50KB", "5GB")], ids=str)
+def test_saved_over_another_in_other_files_it_comes_back(from_sam, inputs, tmp_path, merged, sizes):
+    for seed, size in enumerate(sizes):
+        model = from_sam(seed=seed)
+        model = model.merge_and_unload() if merged else model
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors").exists() == (size == "5GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (size == "50KB")
+    assert torch.equal(masks(IMedSamModel.from_pretrained(tmp_path), inputs), masks(model, inputs))
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "config.json").unlink(), "Expected an .* at .*, got no"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            "its adapter_model.safetensors at .*, got no",
+        ),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text('{"r": '),
+            "JSON in .*, got a damaged file .*: copy",
+        ),
+        (lambda folder: (folder / "adapter_config.json").write_text("[1]"), r"an object in .*, got \[1\]: copy"),
+        (lambda folder: change_json(folder / "adapter_config.json", peft_type="X"), "peft_type 'LORA' at .*, got 'X'"),
+        (lambda folder: change_json(folder / "adapter_config.json", r=8), "with r 4, as the .* says, got 8: make"),
+        (lambda folder: change_json(folder / "adapter_config.json", lora_alpha=1), "with lora_alpha 4.*, got 1: make"),
+        (lambda folder: change_json(folder / "adapter_config.json", target_modules="x"), "target_modules .*, got 'x'"),
+        (
+            lambda folder: change_json(folder / "config.json", lora_targets=["k_proj"]),
+            "target_modules .*k_proj.*, got",
+        ),
+    ],
+)
+def test_a_damaged_adapter_says_what_to_do(model, tmp_path, whole, damage, message):
+    model.save_pretrained(tmp_path) if whole else model.save_adapter(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        IMedSamModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message.replace("got no", "got none: copy or download it again")):
+        model.load_adapter(str(tmp_path), "other")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_an_adapter_that_knows_no_sam_is_refused(model, tmp_path):
+    model.save_adapter(tmp_path)
+    change_json(tmp_path / "config.json", base_model_sha256=None)
+    with pytest.raises(
+        ValueError, match="to know the weights of its SAM, got no base_model_sha256 in its config.json"
+    ):
+        IMedSamModel.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_named(model, tmp_path):
+    for load in (IMedSamModel.from_pretrained, load_model, lambda path: model.load_adapter(path, "other")):
+        with pytest.raises(
+            OSError, match="Expected a model's folder .*, got .*/nothing, where no folder is: check it"
+        ):
+            load(str(tmp_path / "nothing"))
+    with pytest.raises(OSError, match="got .*/liver, where no folder is"):
+        IMedSamModel.from_pretrained(tmp_path, subfolder="liver")
+
+
+def test_a_new_adapter_is_as_the_configuration_says(model):
+    with pytest.raises(ValueError, match="Expected an adapter with r 4, as the configuration says, got 2: make the"):
+        model.add_adapter(LoraConfig(r=2), "other")
+    assert list(model.peft_config) == ["default"]
+
+
 def test_commands_look_for_the_sam_of_an_adapter_where_they_are_told(sam_folder, tmp_path):
     shutil.copytree(sam_folder, tmp_path / "sam")
     model = IMedSamModel.from_sam_pretrained(
@@ -375,6 +485,26 @@ def test_a_stock_sam_has_the_trained_encoder(from_sam, tiny_sam, inputs, tmp_pat
         assert_close(output.pred_masks, masks(model, inputs), atol=1e-4, rtol=1e-4)
     again = IMedSamModel.from_sam_pretrained(tmp_path, image_size=64, frequency_view=None)
     assert_close(again.get_image_embeddings(pixels), embeddings, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_update_survives_in_a_stock_sam(from_sam, dtype):
+    """Which half precision would round away."""
+    model = from_sam(frequency_view=None).to(dtype)
+    layer = model.vision_encoder.layers[0].attn.qkv.q_proj
+    layer.base_layer.weight.fill_(1)
+    layer.lora_A["default"].weight.fill_(1e-2)
+    layer.lora_B["default"].weight.fill_(1e-2)
+    sam = model.to_sam()
+    width = layer.base_layer.weight.shape[0]
+    update = sam.vision_encoder.layers[0].attn.qkv.weight[:width] - 1
+    expected = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    assert_close(update, expected.float(), atol=1e-6, rtol=1e-2)
+    assert (1 + expected == 1).all() and sam.dtype == torch.float32 and model.dtype == dtype
+    assert from_sam(frequency_view=None, lora_rank=0).to(dtype).to_sam().dtype == dtype
+    model.disable_adapters()
+    assert model.to_sam().dtype == dtype
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.modeling_sf_recsam import SFRecSamModel
 from imedsam.pipeline import IMedSamPipeline
-from imedsam.sam_checkpoints import only_finding
+from imedsam.sam_checkpoints import only_finding, refuse_nowhere
 from imedsam.training.box_mask import BoxMaskModel
 from imedsam.training.convolutional import ConvolutionalModel
 from imedsam.training.unet import UNetModel
@@ -61,6 +61,7 @@ def load_pipeline(
 
 def check_model_class(path: str | os.PathLike, **finding: Any) -> type[IMedSamModel]:
     """`find_model_class`, of a checkpoint whose configuration can be read."""
+    refuse_nowhere(str(path))
     model_class = find_model_class(path, **finding)
     if model_class is None:
         return IMedSamModel  # which says what is wrong with it
