@@ -22,6 +22,7 @@ from imedsam.training.evaluation_report import evaluate_to_folder
 from imedsam.training.examples import load_examples
 from imedsam.training.model_card import shown_name
 from imedsam.training.remote_code import collect_modules, flatten_imports
+from imedsam.training.report import weights_hash
 
 SMALL = "--config coarse_widths=[32,32] fine_widths=[32,32] coarse_features=16 fine_head_width=16 selection_lattice=8"
 BOX = [8.0, 12.0, 50.0, 44.0]
@@ -75,6 +76,25 @@ def test_a_whole_model_needs_nothing_else(trained, tmp_path):
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.iterdir())
     expected = masks(load_pipeline(trained))
     np.testing.assert_allclose(masks(IMedSamPipeline.from_pretrained(folder)), expected, atol=1e-4)
+
+
+def test_lora_is_merged_in_float32(trained, tmp_path):
+    """In bfloat16 its update would drown in the rounding of the weights."""
+    half = IMedSamModel.from_pretrained(trained, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "lesions")
+    for name in ("processor_config.json", "metrics.json"):
+        shutil.copy(trained / name, tmp_path / "lesions")
+    metrics = json.loads((trained / "metrics.json").read_text())
+    metrics["weights"] = weights_hash(str(tmp_path / "lesions"))
+    (tmp_path / "lesions" / "metrics.json").write_text(json.dumps(metrics))
+    published = load_file(prepare(tmp_path / "lesions", tmp_path / "out") / "model.safetensors")
+    query = half.vision_encoder.layers[0].attn.qkv.q_proj
+    lora_a, lora_b = query.lora_A["default"].weight, query.lora_B["default"].weight
+    expected = query.base_layer.weight.double() + query.scaling["default"] * (lora_b.double() @ lora_a.double())
+    merged = published["vision_encoder.layers.0.attn.qkv.q_proj.weight"]
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(merged.double(), expected, atol=1e-7, rtol=1e-6)
+    assert not torch.equal(expected, expected.bfloat16().double())
 
 
 def test_an_adapter_is_what_was_trained(trained, sam_folder, tmp_path):
