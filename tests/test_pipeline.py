@@ -317,6 +317,9 @@ def test_photographs_are_turned_as_viewers_show_them(tmp_path):
         (["--image", "text.png", "--box", *BOX], "cannot be read"),
         (["--image", "a.png"], "got another number"),
         (["--image", "a.png", "--box", 40, 8, 10, 40], "x1"),
+        (["--image", "a.png", "--box", 8, 12, 8, 44], "with a width and a height, got [8.0, 12.0, 8.0, 44.0]"),
+        (["--image", "a.png", "--box", 8, 12, 44, 12], "with a width and a height, got [8.0, 12.0, 44.0, 12.0]"),
+        (["--image", "a.png", "--box", *BOX, "-o", "text.png"], "Expected a folder for the results, got the file"),
         (["--image", "empty", "--box", *BOX], "Expected images"),
         (["--image", "twice", "--box", *BOX], "collide"),
         (["--image", "a.png", "--boxes", "boxes.json"], "none for a.png"),
@@ -340,7 +343,7 @@ def test_predict_says_what_is_wrong(folder, image, tmp_path, monkeypatch, argume
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "boxes.json").write_text("{}")
     (tmp_path / "flat.json").write_text('{"a.png": [1, 2, 3, 4]}')
-    result = run("--model", folder, *arguments, "-o", "out")
+    result = run("--model", folder, "-o", "out", *arguments)
     assert result.exit_code == 2
     assert message in result.output
 

@@ -99,6 +99,8 @@ def predict(
     except (RuntimeError, AssertionError) as error:
         message = f"Expected a device that is there, got {device}: use --device cpu. {error}"
         raise typer.BadParameter(message) from error
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"Expected a folder for the results, got the file {output}: name another one.")
     if output.is_dir() and output.resolve() == image.resolve():
         raise typer.BadParameter(f"Expected another folder for the results than that of the images, {image}.")
     with explain_errors():

@@ -66,6 +66,8 @@ def predict_files(
         if class_label is not None:
             given["class_labels"] = [[class_label] * len(of_image)]
         try:
+            if kind == "boxes":
+                check_extent(of_image)
             image = read_image(path)
             pipeline.set_image(image, window)
             segmentation = pipeline.predict(
@@ -111,6 +113,16 @@ def predict_files(
     if errors:
         raise ValueError(f"{len(errors)} of {len(prompts)} images could not be segmented. " + "\n".join(errors))
     return report
+
+
+def check_extent(boxes: Sequence[Box]) -> None:
+    """The processor takes boxes without a width or a height; whoever gives one here has made a slip."""
+    for x0, y0, x1, y1 in boxes:
+        if x0 == x1 or y0 == y1:
+            raise ValueError(
+                f"Expected boxes (x0, y0, x1, y1) with a width and a height, got {[x0, y0, x1, y1]}: give the corners "
+                "of what the object fills."
+            )
 
 
 def read_image(path: Path) -> Image.Image:
