@@ -198,7 +198,13 @@ def quantise(path: Path) -> None:
     quantization = import_onnx("onnxruntime.quantization")
     whole = path.with_name("float32.onnx")
     path.rename(whole)
-    quantization.quantize_dynamic(whole, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True)
+    # onnxruntime advises to prepare the file, on the root logger; the exporter has.
+    root, no_advice = logging.getLogger(), lambda record: "pre-processing" not in record.getMessage()
+    root.addFilter(no_advice)
+    try:
+        quantization.quantize_dynamic(whole, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True)
+    finally:
+        root.removeFilter(no_advice)
     whole.unlink()
 
 
@@ -206,7 +212,9 @@ def import_onnx(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"Expected {name} to export to ONNX, got none: pip install 'imedsam[onnx]'.") from error
+        raise ValueError(
+            f"Expected {name} to export to ONNX, got none: pip install '.[onnx]' in the repository."
+        ) from error
 
 
 class EncoderModule(nn.Module):
