@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from imedsam.training.baselines import load_pipeline
 from imedsam.training.cli import app
 from imedsam.training.evaluation_report import evaluate_to_folder
 from imedsam.training.examples import load_examples
-from imedsam.training.model_card import shown_name
+from imedsam.training.model_card import Publication, shown_name
+from imedsam.training.publish import prepare_folder
 from imedsam.training.remote_code import collect_modules, flatten_imports
 from imedsam.training.report import weights_hash
 
@@ -172,11 +174,9 @@ def test_a_folder_of_the_name_of_the_sam_is_not_taken_for_it(trained, sam_folder
     """It has no commit for the adapter to note."""
     shutil.copytree(sam_folder, tmp_path / "somebody" / "sam")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    result = publish("--adapter", "--base-model", "somebody/sam", "-o", tmp_path / "out", model=trained)
-    assert result.exit_code == 2 and "Expected somebody/sam to be the SAM's name on the Hub alone, got" in words(
-        result
-    )
+    publication = Publication("somebody/lesions", "mit", base_model="somebody/sam")
+    with pytest.raises(ValueError, match="Expected somebody/sam to be the SAM's name on the Hub alone, got"):
+        prepare_folder(str(trained), tmp_path / "out", publication, adapter=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -225,6 +225,53 @@ def test_the_card(trained, tmp_path):
     names = {}
     exec(usage, names)
     assert names["mask"].shape == (64, 64)
+
+
+def test_the_card_of_a_corrected_evaluation(trained, tmp_path):
+    """It says so, in `model-index` too, and how to get such masks."""
+    report = json.loads((trained.parent / "report" / "metrics.json").read_text())
+    titles = [f"{setting['title']}, corrected" for setting in report["settings"]]
+    settings = [{**setting, "title": title} for setting, title in zip(report["settings"], titles, strict=True)]
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "metrics.json").write_text(json.dumps({**report, "correct": True, "settings": settings}))
+    reports = ["--report", trained.parent / "report", "--report", tmp_path / "report"]
+    card = (prepare(trained, tmp_path / "out", *reports) / "README.md").read_text()
+    (results,) = (entry["results"] for entry in yaml.safe_load(card.split("---\n")[1])["model-index"])
+    configs = [result["dataset"].get("config") for result in results]
+    assert configs == [None, report["settings"][1]["title"], *titles[:2]]  # of the first size
+    assert all(f"| phantoms, test (3 images), {title} |" in card for title in titles)
+    assert "as `correct=` does above" in card
+    usage = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert 'class_labels=[0], correct="dropout")' in usage
+    image().save(tmp_path / "image.png")
+    names = {}
+    exec(usage.replace("somebody/lesions", str(trained)).replace("image.png", str(tmp_path / "image.png")), names)
+    expected = load_pipeline(trained)
+    expected.set_image(image())
+    np.testing.assert_array_equal(
+        names["mask"], expected.predict([BOX], class_labels=[0], correct="dropout").masks[0, 0]
+    )
+    plain = (prepare(trained, tmp_path / "plain", *reports[:2]) / "README.md").read_text()
+    assert "correct=" not in plain
+
+
+def test_the_card_names_the_installation_that_the_readme_does(trained, tmp_path):
+    card = (prepare(trained, tmp_path / "out") / "README.md").read_text()
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert all("`pip install` the path of" in text and "pip install imedsam" not in text for text in (card, readme))
+
+
+def test_the_card_of_a_click_model(trained, tmp_path):
+    """A click is worth no box."""
+    shutil.copytree(trained, tmp_path / "clicks")
+    path = tmp_path / "clicks" / "metrics.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps({**report, "arguments": {**report["arguments"], "prompt": "click"}}))
+    card = " ".join((prepare(tmp_path / "clicks", tmp_path / "out") / "README.md").read_text().split())
+    assert "the ellipse inscribed in it are what the object's box is worth" in card
+    assert "the prompt alone is worth" not in card
+    card = " ".join((prepare(trained, tmp_path / "boxes") / "README.md").read_text().split())
+    assert "the ellipse inscribed in it are what the prompt alone is worth" in card
 
 
 def test_the_code_comes_with_it(trained, tmp_path):
@@ -350,6 +397,8 @@ def test_what_is_no_training_and_no_report_is_refused(trained, sam_folder, tmp_p
         (["-o", tmp_path / "out", "--revision", "bad rev"], "Expected --revision as the name of a branch"),
         (["-o", tmp_path / "out", "--revision", "-x"], "Expected --revision as the name of a branch"),
         (["-o", tmp_path / "out", "--revision", "refs/pr/1"], "Expected --revision as the name of a branch"),
+        (["-o", tmp_path / "out", "--revision", "a..b"], "Expected --revision as the name of a branch"),
+        (["-o", tmp_path / "out", "--revision", "a/"], "Expected --revision as the name of a branch"),
         (["-o", trained / "out"], "Expected --output outside of the model's folder"),
         (["-o", tmp_path / "out", "--picture", tmp_path / "nowhere.png"], "Expected an image at"),
     ):

@@ -303,7 +303,7 @@ def publish(
         raise typer.BadParameter(
             f"Expected --license as the Hub names it, in lower case, such as cc-by-nc-4.0, got {license!r}."
         )
-    if revision is not None and not re.fullmatch(r"(?!refs/)[\w.][\w./-]*", revision):
+    if revision is not None and not re.fullmatch(r"(?!refs/|.*\.\.)\w[\w.-]*(/\w[\w.-]*)*(?<!\.)", revision):
         raise typer.BadParameter(f"Expected --revision as the name of a branch, such as v1.0, got {revision!r}.")
     if output is not None and Path(model).resolve() in output.resolve().parents:
         raise typer.BadParameter(f"Expected --output outside of the model's folder, got {output}.")

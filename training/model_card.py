@@ -29,6 +29,7 @@ class Publication:
         picture: a file beside the card.
         with_code: it can be loaded without this package.
         base_sha256: of the weights of the SAM that it needs, for an adapter.
+        correct: how `IMedSamPipeline.predict` corrects masks as the evaluations that did; None if none did.
     """
 
     repo_id: str
@@ -40,6 +41,7 @@ class Publication:
     picture: str | None = None
     with_code: bool = False
     base_sha256: str | None = None
+    correct: str | None = None
 
     @property
     def name(self) -> str:
@@ -63,6 +65,7 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
     is_model = method.model_class is IMedSamModel
     prompt = arguments.get("prompt", "box")
     prompts = PROMPTS[prompt]
+    correct = publication.correct if publication else None
     results = [_training_results(report)] if not (publication and publication.evaluations) else []
     results += [_evaluation_results(evaluation) for evaluation in (publication.evaluations if publication else ())]
     return CARD.format(
@@ -71,7 +74,9 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
         method=method.description,
         prompt=prompt,
         usage=(USAGE if is_model else BASELINE_USAGE).format(
-            repo=publication.repo_id if publication else f"path/to/{name}", prompts=prompts
+            repo=publication.repo_id if publication else f"path/to/{name}",
+            prompts=prompts,
+            correct=f', correct="{correct}"' if correct else "",
         ),
         adapter=ADAPTER.format(repo=publication.repo_id, sha256=publication.base_sha256)
         if publication and publication.base_sha256
@@ -85,7 +90,7 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
         start="nothing" if base is None else f"`{base if base in on_hub else shown_name(base)}`",
         image_size=report["image_size"],
         classes=", ".join(report["classes"].values()),
-        prompts_from=PROMPTS_FROM[prompt],
+        prompts_from=PROMPTS_FROM[prompt] + (CORRECTED if correct else ""),
         intervals=", with 95 % intervals in brackets" if publication and publication.evaluations else "",
         table="\n".join(results),
         trained=", ".join(f"{name} {count:,}" for name, count in report["trainable_parameters"].items()),
@@ -137,7 +142,8 @@ def _eval_results(evaluation: Mapping) -> list[EvalResult]:
             task_name=f"Segmentation from a {evaluation.get('prompt', 'box')}, {setting['title']}",
             dataset_type=shown_name(evaluation["data"]),
             dataset_name=shown_name(evaluation["data"]),
-            dataset_config=setting["title"] if setting["box_jitter"] else None,  # which tells them apart
+            # Which tells them apart.
+            dataset_config=setting["title"] if setting["box_jitter"] or is_corrected(evaluation) else None,
             dataset_split=evaluation["split"],
             metric_type=key,
             metric_name=_titles(evaluation)[key],
@@ -232,6 +238,11 @@ def shown_name(name: str) -> str:
     return name if name.startswith("phantoms") else PureWindowsPath(name).name  # which knows both kinds of slashes
 
 
+def is_corrected(evaluation: Mapping) -> bool:
+    """Whether it was made with `--correct`."""
+    return evaluation.get("correct", False)
+
+
 def is_hub_name(name: str) -> bool:
     """Whether it is no folder here, and looks like user/name."""
     return name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
@@ -245,12 +256,13 @@ PROMPTS_FROM = {
     "click": "A click is the innermost point of the reference mask. The filled box and the\n"
     "ellipse inscribed in it are what the object's box is worth, of which a click says nothing.",
 }
+CORRECTED = "\nWhere a table says so, masks were corrected by the image's brightness, as `correct=` does above."
 USAGE = """from PIL import Image
 from imedsam import IMedSamPipeline
 
 pipeline = IMedSamPipeline.from_pretrained("{repo}")
 pipeline.set_image(Image.open("image.png"))
-mask = pipeline.predict({prompts}, class_labels=[0]).masks[0, 0]"""
+mask = pipeline.predict({prompts}, class_labels=[0]{correct}).masks[0, 0]"""
 BASELINE_USAGE = USAGE.replace(
     "from imedsam import IMedSamPipeline", "from imedsam.training.baselines import load_pipeline"
 )
@@ -299,7 +311,7 @@ mask at any resolution. Classes: {classes}.{task}
 
 {picture}## How to use
 
-`pip install imedsam`, then:
+`pip install` the path of imedsam's repository, then:
 
 ```python
 {usage}

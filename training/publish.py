@@ -10,13 +10,14 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundError
 from transformers.utils import ADAPTER_CONFIG_NAME
 
+from imedsam.false_corrector import default_samples
 from imedsam.hub_errors import check_token, explain_hub_errors
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.sam_checkpoints import load_sam
 from imedsam.training.baselines import load_model
 from imedsam.training.examples import read_object
-from imedsam.training.model_card import Publication, model_card, shown_name
+from imedsam.training.model_card import Publication, is_corrected, model_card, shown_name
 from imedsam.training.predict import read_image
 from imedsam.training.remote_code import forget_code, write_code
 from imedsam.training.report import new_folder, weights_hash, write_json
@@ -93,6 +94,7 @@ def prepare_folder(
             evaluations=evaluations,
             picture=None if shown is None else PICTURE,
             base_sha256=trained.config.base_model_sha256 if adapter else None,
+            correct=default_samples(trained) if any(map(is_corrected, evaluations)) else None,
         )
         (folder / "README.md").write_text(model_card(training, said), encoding="utf-8")
         write_json(folder / "metrics.json", summary_of(training))
