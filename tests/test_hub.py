@@ -102,6 +102,8 @@ def test_a_model_is_sent_and_loaded(hub, trained, sam_folder, tmp_path):
     status, said = publish(hub, tmp_path / "home", trained)
     assert status == 2 and f"Expected a new repository, got {REPO}, which exists: add --update" in said
     assert len(hub.repos[REPO].commits) == 2
+    status, said = publish(hub, tmp_path / "home", tmp_path / "no training")  # which is asked before
+    assert status == 2 and f"Expected a new repository, got {REPO}, which exists: add --update" in said
     hub.repos["tester/open"] = replace(hub.repos[REPO], id="tester/open", private=False)
     status, said = publish(hub, tmp_path / "home", trained, "--private", "--update", repo="tester/open")
     assert status == 2 and "Expected a private repository, got tester/open, which all can see" in said

@@ -291,9 +291,8 @@ def publish(
     """Put a trained model on the Hub: weights or adapter, processor, model card, metrics, a picture."""
     import tempfile
 
-    from imedsam.hub_errors import check_token
     from imedsam.training.model_card import Publication
-    from imedsam.training.publish import prepare_folder, upload
+    from imedsam.training.publish import find_repository, prepare_folder, upload
     from imedsam.training.report import new_folder
 
     for flag, name in {"--repo": repo, "--base-model": base_model}.items():
@@ -314,7 +313,7 @@ def publish(
     with explain_errors(), new_folder(output) if output else tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if not dry_run:
-            check_token()
+            find_repository(repo, private=private, revision=revision, update=update)
         files = prepare_folder(
             model,
             folder,

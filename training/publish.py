@@ -162,19 +162,7 @@ def upload(
     api = HfApi()
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     with explain_hub_errors(repo_id):
-        check_token()
-        if api.repo_exists(repo_id):
-            if private and not api.repo_info(repo_id).private:
-                raise ValueError(
-                    f"Expected a private repository, got {repo_id}, which all can see: make it private first, or "
-                    "choose another name."
-                )
-            if not update and files_of(api, repo_id, revision):
-                raise ValueError(
-                    f"Expected a new repository, got {repo_id}, which exists: add --update to replace what it "
-                    "holds by a commit on top, or choose another name."
-                )
-        else:
+        if not find_repository(repo_id, private=private, revision=revision, update=update):
             api.create_repo(repo_id, private=private or None)  # as the organisation has it, unless it is asked for
         new_branch = revision is not None and not api.revision_exists(repo_id, revision)
         if new_branch:
@@ -201,6 +189,35 @@ def upload(
                 return f"{api.endpoint}/{repo_id}/commit/{found}"  # the answer alone was lost
             raise
     return commit.commit_url
+
+
+def find_repository(repo_id: str, *, private: bool = False, revision: str | None = None, update: bool = False) -> bool:
+    """
+    Args:
+        private, revision, update: as for `upload`.
+
+    Returns:
+        Whether there is one.
+
+    Raises:
+        ValueError: one that all can see, if it is to be private, or one that holds something, without `update`.
+    """
+    api = HfApi()
+    with explain_hub_errors(repo_id):
+        check_token()
+        if not api.repo_exists(repo_id):
+            return False
+        if private and not api.repo_info(repo_id).private:
+            raise ValueError(
+                f"Expected a private repository, got {repo_id}, which all can see: make it private first, or choose "
+                "another name."
+            )
+        if not update and files_of(api, repo_id, revision):
+            raise ValueError(
+                f"Expected a new repository, got {repo_id}, which exists: add --update to replace what it holds by a "
+                "commit on top, or choose another name."
+            )
+    return True
 
 
 def files_of(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
