@@ -72,8 +72,8 @@ class IMedSamImageProcessor(BaseImageProcessor):
         side = _check_size(size)
         self.size = {"height": side, "width": side}
         self.resize_mode = resize_mode
-        self.image_mean = _check_channels(image_mean, "image_mean")
-        self.image_std = _check_channels(image_std, "image_std")
+        self.image_mean = check_channels(image_mean, "image_mean")
+        self.image_std = check_channels(image_std, "image_std")
         if min(self.image_std) <= 0:
             raise ValueError(f"Expected image_std above 0, got {self.image_std}: use 1.0 to leave a channel unscaled.")
         self.window = None if window is None else _check_window(window)
@@ -103,7 +103,7 @@ class IMedSamImageProcessor(BaseImageProcessor):
                 "the way back to the user's pixels needs the rest, so set it when the processor is made."
             )
         window = self.window if window is None else _check_window(window)
-        values = [_read_intensities(image, window, f"image {i}") for i, image in enumerate(_as_list(images))]
+        values = [_read_intensities(image, window, f"image {i}") for i, image in enumerate(as_list(images))]
         original_sizes = [(value.shape[-2], value.shape[-1]) for value in values]
         reshaped_input_sizes = [self.get_reshaped_size(*size) for size in original_sizes]
         pixel_values = [
@@ -124,7 +124,7 @@ class IMedSamImageProcessor(BaseImageProcessor):
             Per image (H, W) float32 in [0, 1], at its own size.
         """
         window = self.window if window is None else _check_window(window)
-        read = [_read_intensities(image, window, f"image {i}") for i, image in enumerate(_as_list(images))]
+        read = [_read_intensities(image, window, f"image {i}") for i, image in enumerate(as_list(images))]
         return [values.mean(dim=0) for values in read]
 
     def get_reshaped_size(self, height: int, width: int) -> tuple[int, int]:
@@ -268,7 +268,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _as_list(images: Any) -> list:
+def as_list(images: Any) -> list:
     if getattr(images, "ndim", 0) != 4 and not isinstance(images, (list, tuple)):
         return [images]
     if len(images) == 0:
@@ -278,7 +278,7 @@ def _as_list(images: Any) -> list:
 
 def _read_intensities(image: Any, window: tuple[float, float] | None, name: str) -> torch.Tensor:
     """(1 | 3, H, W) float32 in [0, 1]."""
-    array = _read_channels_first(image, name)
+    array = read_channels_first(image, name)
     if 0 in array.shape:
         raise ValueError(
             f"Expected {name} to have pixels, got {array.shape[1]} rows and {array.shape[2]} columns: leave empty "
@@ -314,7 +314,7 @@ def _find_white(array: np.ndarray, name: str) -> float:
     )
 
 
-def _read_channels_first(image: Any, name: str) -> np.ndarray:
+def read_channels_first(image: Any, name: str) -> np.ndarray:
     """(1 | 3 | 4, H, W) in the image's own type."""
     if isinstance(image, Image.Image):
         return _read_pil(image)
@@ -356,7 +356,7 @@ def _check_size(size: Any) -> int:
     return height
 
 
-def _check_channels(values: Sequence[float], name: str) -> tuple[float, ...]:
+def check_channels(values: Sequence[float], name: str) -> tuple[float, ...]:
     if len(values) != 3 or not np.isfinite(values).all():
         raise ValueError(f"Expected {name} as three finite numbers (red, green, blue), got {values}.")
     return tuple(float(value) for value in values)
