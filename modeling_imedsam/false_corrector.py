@@ -126,14 +126,12 @@ def sample_masks(
         (N, B, P, M, H, W).
 
     Raises:
-        ValueError: another `kind`; "prompts" without boxes or points to vary; "dropout" of a model that has none.
+        ValueError: another `kind`; "prompts" without boxes or points to vary; "dropout" of a model that has none; a
+            model with a learned corrector.
     """
     if kind not in SAMPLE_KINDS:
         raise ValueError(f"Expected samples by one of {', '.join(SAMPLE_KINDS)}, got {kind!r}: choose one.")
-    if getattr(model.config, "learned_corrector", False):
-        raise ValueError(
-            "Expected a model without a learned corrector, got one, whose masks are corrected as they come."
-        )
+    refuse_corrected(model)
     corrector, sizes = model.false_corrector, reshaped_input_sizes
     if kind == "dropout":
         field = model.get_mask_field(image_embeddings, **prompts, reshaped_input_sizes=sizes)
@@ -144,6 +142,19 @@ def sample_masks(
     field = model.get_mask_field(image_embeddings, **varied, reshaped_input_sizes=sizes)
     logits = field.render(output_size, region, mode).logits
     return logits.unflatten(1, (corrector.samples, -1)).movedim(1, 0).sigmoid()
+
+
+def refuse_corrected(model: IMedSamModel) -> None:
+    """
+    Raises:
+        ValueError: a model with a learned corrector, whose masks are not to be corrected twice.
+    """
+    if getattr(model.config, "learned_corrector", False):
+        place = f", {model.name_or_path}" if model.name_or_path else ""
+        raise ValueError(
+            f"Expected a model without a learned corrector, got one{place}, whose masks are corrected as they come: "
+            "leave correct (--correct) out."
+        )
 
 
 def default_samples(model: IMedSamModel) -> SampleKind:
