@@ -176,9 +176,7 @@ def test_saved_it_comes_back(make, inputs, tmp_path, method):
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trainable
     if METHODS[method].model_class is not IMedSamModel:
-        with pytest.raises(
-            ValueError, match="'(imedsam_|sf_).*: imedsam.training.baselines.load_model takes what it finds"
-        ):
+        with pytest.raises(ValueError, match="'(imedsam_|sf_).*: imedsam.training.baselines.load_model takes any of"):
             IMedSamModel.from_pretrained(tmp_path)
 
 
@@ -213,6 +211,12 @@ def test_of_what_goes_wrong_the_configuration_alone_is_called_one(make, tmp_path
 def test_another_checkpoint_is_refused(sam_folder, tmp_path):
     with pytest.raises(ValueError, match="got one of type 'sam': start from a SAM"):
         load_model(sam_folder)
+    for model_class in (SFRecSamModel, BoxMaskModel):
+        name = model_class.__name__
+        with pytest.raises(ValueError, match=f"got one of type 'sam': start from a SAM with {name}.from_sam_pretra"):
+            model_class.from_pretrained(sam_folder)
+        with pytest.raises(ValueError, match=f"Expected a checkpoint of {name} at .*, got no config.json"):
+            model_class.from_pretrained(tmp_path)
     IMedSamConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Expected a checkpoint of type 'imedsam_unet' .*, got one of type 'imedsam'"):
         UNetModel.from_pretrained(tmp_path)

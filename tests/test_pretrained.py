@@ -339,7 +339,7 @@ def change_json(path, **values):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda folder: (folder / "config.json").unlink(), "Expected an .* at .*, got no"),
+        (lambda folder: (folder / "config.json").unlink(), "Expected an? .* at .*, got no"),
         (
             lambda folder: (folder / "adapter_model.safetensors").unlink(),
             "its adapter_model.safetensors at .*, got no",
