@@ -25,12 +25,12 @@ from transformers.utils import (
 )
 
 from imedsam.adapters import AdaptedSam
-from imedsam.bottleneck import ZeroLinear
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.frequency import FrequencyBranch
 from imedsam.hub_errors import check_token, explain_hub_errors
 from imedsam.image_encoder import resize_positions
-from imedsam.implicit_decoder import ClassLinear, EllipsePrior, HiddenLinear
+from imedsam.implicit_decoder import ClassLinear, EllipsePrior
+from imedsam.layers import init_layer
 from imedsam.lora import fuse_qkv, read_adapter, split_qkv
 from imedsam.own_checkpoints import (
     folder_of_whole_model,
@@ -38,7 +38,6 @@ from imedsam.own_checkpoints import (
     refuse_lost_adapter,
     refuse_other_checkpoint,
 )
-from imedsam.pixel_decoder import HiddenConvolution
 from imedsam.sam_checkpoints import FINDING_KEYS, SamCheckpoint, load_sam, only_finding, refuse_damaged, refuse_nowhere
 
 if TYPE_CHECKING:
@@ -358,12 +357,9 @@ class IMedSamPreTrainedModel(AdaptedSam):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        init_layer(module)
         if isinstance(module, ClassLinear | EllipsePrior):
             module.reset_parameters()
-        elif isinstance(module, HiddenLinear | HiddenConvolution):
-            init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
         elif isinstance(module, FrequencyBranch):
             init.zeros_(module.gates)
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.models.sam.modeling_sam import SamLayerNorm, SamVisionLayer
 
-from imedsam.bottleneck import Bottleneck, ZeroLayerNorm, ZeroLinear
+from imedsam.bottleneck import Bottleneck
 from imedsam.configuration.configuration_sf_recsam import SFRecSamConfig
 from imedsam.image_encoder import IMedSamVisionEncoder
+from imedsam.layers import HiddenConvolution, ZeroLayerNorm, ZeroLinear, init_layer
 from imedsam.lora import SplitProjection
-from imedsam.pixel_decoder import HiddenConvolution
 
 STEM_WIDTH = 64
 
@@ -78,9 +78,8 @@ class SpatialFrequencyEncoder(IMedSamVisionEncoder):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, HiddenConvolution):
-            init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, ZeroLinear | ZeroLayerNorm | SpectralFilter):
+        init_layer(module)
+        if isinstance(module, SpectralFilter):
             init.zeros_(module.weight)
 
 
