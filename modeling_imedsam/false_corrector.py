@@ -6,7 +6,7 @@ It has no parameters and follows any model here; the samples are those of varied
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -138,10 +138,12 @@ def sample_masks(
         fields = field.dropout_fields(corrector.samples, seed)
         return torch.stack([sample.render(output_size, region, mode).logits.sigmoid() for sample in fields])
     field = model.get_mask_field(image_embeddings, **prompts, reshaped_input_sizes=sizes)
-    varied = vary_prompts(prompts, field, corrector, model.config.image_size, sizes, seed)
-    field = model.get_mask_field(image_embeddings, **varied, reshaped_input_sizes=sizes)
-    logits = field.render(output_size, region, mode).logits
-    return logits.unflatten(1, (corrector.samples, -1)).movedim(1, 0).sigmoid()
+
+    def decode(varied: dict[str, Tensor]) -> Tensor:
+        varied_field = model.get_mask_field(image_embeddings, **varied, reshaped_input_sizes=sizes)
+        return varied_field.render(output_size, region, mode).logits
+
+    return sample_prompts(decode, prompts, field, corrector, model.config.image_size, sizes, seed)
 
 
 def refuse_corrected(model: IMedSamModel) -> None:
@@ -161,6 +163,27 @@ def default_samples(model: IMedSamModel) -> SampleKind:
     """Dropout's where the model has an implicit decoder, else those of varied prompts."""
     # By what it has, since PEFT may wrap it; a convolutional decoder has no dropout.
     return "dropout" if hasattr(model.implicit_decoder, "coarse") else "prompts"
+
+
+@torch.no_grad()
+def sample_prompts(
+    decode: Callable[[dict[str, Tensor]], Tensor],
+    prompts: Mapping[str, Tensor],
+    field: MaskField,
+    corrector: FalseCorrectorConfig,
+    image_size: int,
+    reshaped_input_sizes: Tensor,
+    seed: int = 0,
+) -> Tensor:
+    """
+    The probabilities of each varied prompt's masks, (N, B, P, M, H, W).
+
+    Args:
+        decode: from prompts, (B, N P, ...), to the logits of their masks, (B, N P, M, H, W).
+        prompts, field, corrector, image_size, reshaped_input_sizes, seed: as in `vary_prompts`.
+    """
+    varied = vary_prompts(prompts, field, corrector, image_size, reshaped_input_sizes, seed)
+    return decode(varied).unflatten(1, (corrector.samples, -1)).movedim(1, 0).sigmoid()
 
 
 @torch.no_grad()
