@@ -65,9 +65,13 @@ class AdaptedSam(SamPreTrainedModel):
             adapter_config: by default the one that the configuration describes.
 
         Raises:
-            ValueError: a name with a dot, or an adapter that contradicts the configuration.
+            ValueError: a name with a dot, a model without LoRA, or an adapter that contradicts the configuration.
         """
         _refuse_dots(adapter_name)
+        if self._lora_rank == 0:
+            raise ValueError(
+                "Expected lora_rank of at least 1 for an adapter, got 0: such a model is trained and saved whole."
+            )
         others: list[Any] = list(self.peft_config.values()) if self._hf_peft_config_loaded else []
         adapter_config = adapter_config or get_peft_config(self.config)
         refuse_contradictions(adapter_config, self.config)
@@ -97,7 +101,7 @@ class AdaptedSam(SamPreTrainedModel):
             OSError: there is no such folder.
         """
         _refuse_dots(adapter_name)
-        if not self._hf_peft_config_loaded and self.config.lora_rank == 0:
+        if not self._hf_peft_config_loaded and self._lora_rank == 0:
             raise ValueError(
                 f"Expected a model with LoRA to load {peft_model_id} into, got one without, or with LoRA merged into "
                 "its weights: load it by itself with from_pretrained."
@@ -264,6 +268,11 @@ class AdaptedSam(SamPreTrainedModel):
             wrapper.original_module = original
 
     @property
+    def _lora_rank(self) -> int:
+        """0 of a model whose configuration knows no LoRA, too."""
+        return getattr(self.config, "lora_rank", 0)
+
+    @property
     def _adapter_disabled(self) -> bool:
         return isinstance(self.prompt_encoder, ModulesToSaveWrapper) and self.prompt_encoder.disable_adapters
 
@@ -288,7 +297,7 @@ class AdaptedSam(SamPreTrainedModel):
                 continue
             if part == "mask decoder" and not self.config.trains_mask_decoder:
                 continue
-            if part == "mask head" and self.config.implicit_decoder:
+            if part == "mask head" and self.implicit_decoder is not None:
                 continue
             if part is not None:
                 parts[part].append(parameter)

@@ -51,8 +51,6 @@ class SFRecSamModel(IMedSamModel):
 
     def __init__(self, config: SFRecSamConfig):
         super().__init__(config)  # type: ignore[arg-type]  # has all that is asked of it
-        sees_frequencies = config.fusion in ("frequency", "spatial_frequency")
-        self.frequency_view = FrequencyView("haar", log=False) if sees_frequencies else None
         self.learned_corrector: LearnedCorrector | None = None
         if config.learned_corrector:
             self.add_corrector()
@@ -134,6 +132,11 @@ class SFRecSamModel(IMedSamModel):
 
     def to_sam(self) -> SamModel:
         raise ValueError("Expected a model whose image encoder is SAM's, got SF-RecSAM's, which no SamModel has.")
+
+    def _add_own_parts(self, config: Any) -> None:
+        sees_frequencies = config.fusion in ("frequency", "spatial_frequency")
+        self.frequency_view = FrequencyView("haar", log=False) if sees_frequencies else None
+        self.frequency_branch = self.implicit_decoder = None
 
     def _make_vision_encoder(self, config: Any) -> Any:
         return SpatialFrequencyEncoder(config)

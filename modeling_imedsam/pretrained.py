@@ -68,7 +68,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
         sam = load_sam(pretrained_model_name_or_path, **only_finding(loading))
         config = cls.config_class.on_sam(sam.config, image_size, **kwargs)
         model = cls._on_sam(sam, config, loading.get("dtype"), loading.get("attn_implementation"))
-        if config.lora_rank > 0:
+        if model._lora_rank > 0:
             model.add_adapter()
         model.set_trainable()
         return model.eval()

@@ -36,12 +36,12 @@ class SpatialFrequencyEncoder(IMedSamVisionEncoder):
         if config.overlapping_patches:
             channels, width, patch = vision.num_channels, vision.hidden_size, vision.patch_size
             self.patch_embed.projection = nn.Conv2d(channels, width, 2 * patch, stride=patch)
-        self.token_adapter = Bottleneck(vision.hidden_size, config.adapter_hidden or 1, zero=True)
+        self.token_adapter = Bottleneck(vision.hidden_size, config.adapter_width, zero=True)
         self.stem: ConvolutionalStem | None = None
         if config.fusion in ("spatial", "frequency", "spatial_frequency"):
             self.stem = ConvolutionalStem(vision.hidden_size, vision.patch_size)
-        for index in config.fusion_layers or ():
-            self.layers[index] = FusionLayer(config, last=index == (config.fusion_layers or ())[-1])
+        for index in config.fused_layers:
+            self.layers[index] = FusionLayer(config, last=index == config.fused_layers[-1])
         self.post_init()
 
     def embed(self, pictures: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class FusionLayer(SamVisionLayer):
         width = vision.hidden_size
         self.attn.qkv = SplitProjection(width, bias=vision.qkv_bias)  # type: ignore[assignment]
         self.adapter_scale = config.adapter_scale
-        self.adapter = Bottleneck(width, config.adapter_hidden or 1, zero=True)
+        self.adapter = Bottleneck(width, config.adapter_width, zero=True)
         self.cross_attention = None if config.fusion is None else CrossAttention(width, vision.num_attention_heads)
         self.spectral_filter: SpectralFilter | None = None
         self.side_conv: nn.Conv2d | None = None
