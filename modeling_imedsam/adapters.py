@@ -14,14 +14,13 @@ from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.sam.modeling_sam import SamPreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.implicit_decoder import ImplicitDecoder
 from imedsam.lora import get_peft_config, read_adapter, refuse_contradictions
-from imedsam.sam_checkpoints import only_finding, refuse_damaged, refuse_nowhere
+from imedsam.sam_checkpoints import only_finding, read_config, refuse_damaged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -116,9 +115,8 @@ class AdaptedSam(SamPreTrainedModel):
             if os.path.isdir(peft_model_id):
                 peft_model_id = os.path.join(peft_model_id, place.pop("subfolder", ""))
             peft_model_id = str(peft_model_id)
-            refuse_nowhere(peft_model_id)
             finding = only_finding(place)
-            if not PreTrainedConfig.get_config_dict(peft_model_id, **finding)[0]:
+            if not read_config(peft_model_id, **finding):
                 raise ValueError(
                     f"Expected an adapter with its {CONFIG_NAME} at {peft_model_id}, got none: copy or download it "
                     "again."

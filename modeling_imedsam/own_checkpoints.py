@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -16,6 +15,8 @@ from transformers.utils import (
     logging,
 )
 from transformers.utils.hub import get_checkpoint_shard_files
+
+from imedsam.sam_checkpoints import read_config
 
 if TYPE_CHECKING:
     from imedsam.adapters import AdaptedSam
@@ -61,7 +62,7 @@ def refuse_lost_adapter(path: str, config: Any) -> None:
 def refuse_other_checkpoint(path: str, model_class: type[AdaptedSam], finding: dict[str, Any]) -> None:
     """A checkpoint of another type than the class's would be filled at random, where names agree at all."""
     expected, name = model_class.config_class.model_type, model_class.__name__
-    model_type = PreTrainedConfig.get_config_dict(path, **finding)[0].get("model_type")
+    model_type = read_config(path, **finding).get("model_type")
     if model_type == expected:
         return
     if model_type is None:
