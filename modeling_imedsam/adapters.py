@@ -211,7 +211,7 @@ class AdaptedSam(SamPreTrainedModel):
     def merge_and_unload(self) -> Self:
         """
         Merges LoRA into the encoder and keeps the active adapter's other parts, in place: the same function without
-        PEFT. The configuration's `lora_rank` becomes 0.
+        PEFT. The configuration's `lora_rank` becomes 0. As in PEFT, a disabled adapter is merged all the same.
         """
         if not self._hf_peft_config_loaded:
             return self
