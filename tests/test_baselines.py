@@ -267,6 +267,8 @@ def test_the_u_net_sees_the_box_in_its_channel_or_not_at_all(make, inputs):
     assert_close(seen[0][:, :3], inputs["pixel_values"])
     whole = torch.tensor([0.0, 0, 64, 64]).expand(2, 1, 4)
     assert_close(model.get_mask_field(inputs["pixel_values"], whole).logits, field.logits)
+    with pytest.raises(ValueError, match="Expected a model on a SAM, got a U-Net"):
+        model.to_sam()
     with pytest.raises(ValueError, match="Expected boxes for a U-Net, got points or masks"):
         model(**inputs, input_points=torch.zeros(2, 2, 1, 2))
     output = blind(**inputs).pred_masks
