@@ -1,7 +1,8 @@
 """Configuration of SF-RecSAM."""
 
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import SamConfig
@@ -65,11 +66,6 @@ class SFRecSamConfig(SamBasedConfig):
 
     model_type = "sf_recsam"
     default_image_size: ClassVar[int] = 256
-    # What I-MedSAM's configuration asks for and SF-RecSAM has none of.
-    lora_rank: ClassVar[int] = 0
-    frequency_view: ClassVar[None] = None
-    implicit_decoder: ClassVar[bool] = False
-    train_image_encoder: ClassVar[bool] = False
 
     overlapping_patches: bool = True
     fusion: Literal["spatial", "frequency", "spatial_frequency", "spectral_filter"] | None = "spatial_frequency"
@@ -97,6 +93,16 @@ class SFRecSamConfig(SamBasedConfig):
         _ = self.false_corrector  # which checks its numbers
 
     @property
+    def adapter_width(self) -> int:
+        """`adapter_hidden`, which is a number once initialised."""
+        return cast(int, self.adapter_hidden)
+
+    @property
+    def fused_layers(self) -> list[int]:
+        """`fusion_layers`, which are a list once initialised."""
+        return list(cast(Sequence[int], self.fusion_layers))
+
+    @property
     def false_corrector(self) -> FalseCorrectorConfig:
         """The corrector's numbers."""
         names = (item.name for item in fields(FalseCorrectorConfig))
@@ -122,7 +128,7 @@ class SFRecSamConfig(SamBasedConfig):
         return vision.global_attn_indexes if vision.window_size > 0 else range(vision.num_hidden_layers)
 
     def _refuse_other_layers(self) -> None:
-        layers, usable = list(self.fusion_layers or []), list(self._global_layers())
+        layers, usable = self.fused_layers, list(self._global_layers())
         if not layers or sorted(set(layers)) != layers or not set(layers) <= set(usable):
             raise ValueError(
                 f"Expected fusion_layers as layers with global attention in order, out of {usable}, got {layers}."
@@ -134,5 +140,5 @@ class SFRecSamConfig(SamBasedConfig):
                 f"Expected tokens at a distance of a power of 2 pixels, got {self.patch_size}: the convolutional "
                 'branch comes there by halving. Use fusion="spectral_filter" or None.'
             )
-        if self.adapter_hidden is not None and self.adapter_hidden < 1:
-            raise ValueError(f"Expected adapter_hidden of at least 1, got {self.adapter_hidden}.")
+        if self.adapter_width < 1:
+            raise ValueError(f"Expected adapter_hidden of at least 1, got {self.adapter_width}.")

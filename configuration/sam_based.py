@@ -142,7 +142,7 @@ class SamBasedConfig(PreTrainedConfig):
             raise TypeError(
                 f"Unknown configuration key{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}: "
                 f"{type(self).__name__} takes {', '.join(known)} and num_labels. Correct or remove it; in a "
-                "checkpoint it may be of a newer version: pip install --upgrade imedsam."
+                "checkpoint it may be of a newer version: update imedsam's repository, and `pip install` its path."
             )
         if isinstance(self.sam_config, dict):
             parts = {field.name for field in fields(SamConfig)} | INHERITED_KEYS

@@ -14,14 +14,13 @@ from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.sam.modeling_sam import SamPreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.implicit_decoder import ImplicitDecoder
 from imedsam.lora import get_peft_config, read_adapter, refuse_contradictions
-from imedsam.sam_checkpoints import only_finding, refuse_damaged, refuse_nowhere
+from imedsam.sam_checkpoints import only_finding, read_config, refuse_damaged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,9 +64,13 @@ class AdaptedSam(SamPreTrainedModel):
             adapter_config: by default the one that the configuration describes.
 
         Raises:
-            ValueError: a name with a dot, or an adapter that contradicts the configuration.
+            ValueError: a name with a dot, a model without LoRA, or an adapter that contradicts the configuration.
         """
         _refuse_dots(adapter_name)
+        if self._lora_rank == 0:
+            raise ValueError(
+                "Expected lora_rank of at least 1 for an adapter, got 0: such a model is trained and saved whole."
+            )
         others: list[Any] = list(self.peft_config.values()) if self._hf_peft_config_loaded else []
         adapter_config = adapter_config or get_peft_config(self.config)
         refuse_contradictions(adapter_config, self.config)
@@ -97,7 +100,7 @@ class AdaptedSam(SamPreTrainedModel):
             OSError: there is no such folder.
         """
         _refuse_dots(adapter_name)
-        if not self._hf_peft_config_loaded and self.config.lora_rank == 0:
+        if not self._hf_peft_config_loaded and self._lora_rank == 0:
             raise ValueError(
                 f"Expected a model with LoRA to load {peft_model_id} into, got one without, or with LoRA merged into "
                 "its weights: load it by itself with from_pretrained."
@@ -112,9 +115,8 @@ class AdaptedSam(SamPreTrainedModel):
             if os.path.isdir(peft_model_id):
                 peft_model_id = os.path.join(peft_model_id, place.pop("subfolder", ""))
             peft_model_id = str(peft_model_id)
-            refuse_nowhere(peft_model_id)
             finding = only_finding(place)
-            if not PreTrainedConfig.get_config_dict(peft_model_id, **finding)[0]:
+            if not read_config(peft_model_id, **finding):
                 raise ValueError(
                     f"Expected an adapter with its {CONFIG_NAME} at {peft_model_id}, got none: copy or download it "
                     "again."
@@ -209,7 +211,7 @@ class AdaptedSam(SamPreTrainedModel):
     def merge_and_unload(self) -> Self:
         """
         Merges LoRA into the encoder and keeps the active adapter's other parts, in place: the same function without
-        PEFT. The configuration's `lora_rank` becomes 0.
+        PEFT. The configuration's `lora_rank` becomes 0. As in PEFT, a disabled adapter is merged all the same.
         """
         if not self._hf_peft_config_loaded:
             return self
@@ -264,6 +266,11 @@ class AdaptedSam(SamPreTrainedModel):
             wrapper.original_module = original
 
     @property
+    def _lora_rank(self) -> int:
+        """0 of a model whose configuration knows no LoRA, too."""
+        return getattr(self.config, "lora_rank", 0)
+
+    @property
     def _adapter_disabled(self) -> bool:
         return isinstance(self.prompt_encoder, ModulesToSaveWrapper) and self.prompt_encoder.disable_adapters
 
@@ -288,7 +295,7 @@ class AdaptedSam(SamPreTrainedModel):
                 continue
             if part == "mask decoder" and not self.config.trains_mask_decoder:
                 continue
-            if part == "mask head" and self.config.implicit_decoder:
+            if part == "mask head" and self.implicit_decoder is not None:
                 continue
             if part is not None:
                 parts[part].append(parameter)

@@ -1,8 +1,9 @@
-"""A bottleneck adapter, and layers that add nothing until they are trained."""
+"""A bottleneck adapter."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.sam.modeling_sam import SamLayerNorm
+
+from imedsam.layers import ZeroLinear
 
 
 class Bottleneck(nn.Module):
@@ -20,11 +21,3 @@ class Bottleneck(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.up(F.gelu(self.down(tokens)))
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer whose weights start at 0."""
-
-
-class ZeroLayerNorm(SamLayerNorm):
-    """A norm whose weights start at 0."""

@@ -6,7 +6,7 @@ It has no parameters and follows any model here; the samples are those of varied
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -126,30 +126,64 @@ def sample_masks(
         (N, B, P, M, H, W).
 
     Raises:
-        ValueError: another `kind`; "prompts" without boxes or points to vary; "dropout" of a model that has none.
+        ValueError: another `kind`; "prompts" without boxes or points to vary; "dropout" of a model that has none; a
+            model with a learned corrector.
     """
     if kind not in SAMPLE_KINDS:
         raise ValueError(f"Expected samples by one of {', '.join(SAMPLE_KINDS)}, got {kind!r}: choose one.")
-    if getattr(model.config, "learned_corrector", False):
-        raise ValueError(
-            "Expected a model without a learned corrector, got one, whose masks are corrected as they come."
-        )
+    refuse_corrected(model)
     corrector, sizes = model.false_corrector, reshaped_input_sizes
     if kind == "dropout":
         field = model.get_mask_field(image_embeddings, **prompts, reshaped_input_sizes=sizes)
         fields = field.dropout_fields(corrector.samples, seed)
         return torch.stack([sample.render(output_size, region, mode).logits.sigmoid() for sample in fields])
     field = model.get_mask_field(image_embeddings, **prompts, reshaped_input_sizes=sizes)
-    varied = vary_prompts(prompts, field, corrector, model.config.image_size, sizes, seed)
-    field = model.get_mask_field(image_embeddings, **varied, reshaped_input_sizes=sizes)
-    logits = field.render(output_size, region, mode).logits
-    return logits.unflatten(1, (corrector.samples, -1)).movedim(1, 0).sigmoid()
+
+    def decode(varied: dict[str, Tensor]) -> Tensor:
+        varied_field = model.get_mask_field(image_embeddings, **varied, reshaped_input_sizes=sizes)
+        return varied_field.render(output_size, region, mode).logits
+
+    return sample_prompts(decode, prompts, field, corrector, model.config.image_size, sizes, seed)
+
+
+def refuse_corrected(model: IMedSamModel) -> None:
+    """
+    Raises:
+        ValueError: a model with a learned corrector, whose masks are not to be corrected twice.
+    """
+    if getattr(model.config, "learned_corrector", False):
+        place = f", {model.name_or_path}" if model.name_or_path else ""
+        raise ValueError(
+            f"Expected a model without a learned corrector, got one{place}, whose masks are corrected as they come: "
+            "leave correct (--correct) out."
+        )
 
 
 def default_samples(model: IMedSamModel) -> SampleKind:
     """Dropout's where the model has an implicit decoder, else those of varied prompts."""
     # By what it has, since PEFT may wrap it; a convolutional decoder has no dropout.
     return "dropout" if hasattr(model.implicit_decoder, "coarse") else "prompts"
+
+
+@torch.no_grad()
+def sample_prompts(
+    decode: Callable[[dict[str, Tensor]], Tensor],
+    prompts: Mapping[str, Tensor],
+    field: MaskField,
+    corrector: FalseCorrectorConfig,
+    image_size: int,
+    reshaped_input_sizes: Tensor,
+    seed: int = 0,
+) -> Tensor:
+    """
+    The probabilities of each varied prompt's masks, (N, B, P, M, H, W).
+
+    Args:
+        decode: from prompts, (B, N P, ...), to the logits of their masks, (B, N P, M, H, W).
+        prompts, field, corrector, image_size, reshaped_input_sizes, seed: as in `vary_prompts`.
+    """
+    varied = vary_prompts(prompts, field, corrector, image_size, reshaped_input_sizes, seed)
+    return decode(varied).unflatten(1, (corrector.samples, -1)).movedim(1, 0).sigmoid()
 
 
 @torch.no_grad()

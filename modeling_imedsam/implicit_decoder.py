@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.coordinates import CoordinateEncoding, for_each_prompt, position_in_frame
+from imedsam.layers import HiddenLinear
 from imedsam.pixel_decoder import PixelDecoder
 
 
@@ -144,24 +145,6 @@ class FineField(nn.Module):
         for layer in self.layers[1:]:
             hidden = F.relu(layer(hidden), inplace=True)
         return self.head_out(F.relu(self.head_hidden(hidden, classes)), classes)[:, 0]
-
-
-class HiddenLinear(nn.Linear):
-    """A linear layer before a ReLU, initialised for one (He et al., 2015)."""
-
-    def last(self, inputs: Tensor) -> Tensor:
-        """What the last ones of the inputs, and the bias, add to the outputs: (..., at most all) -> (..., outputs)."""
-        return F.linear(inputs, self.weight[:, -inputs.shape[-1] :], self.bias)
-
-    def first(self, inputs: Tensor, rest: Tensor) -> Tensor:
-        """
-        The outputs for the first ones of the inputs, (..., at most all), and what `last` gave for the rest: (outputs,)
-        if all share it.
-        """
-        weight = self.weight[:, : inputs.shape[-1]]
-        if rest.ndim == 1:
-            return F.linear(inputs, weight, rest.to(weight.dtype))  # one pass over the outputs less
-        return F.linear(inputs, weight).add_(rest)
 
 
 class ClassLinear(nn.Module):

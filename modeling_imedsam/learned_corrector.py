@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from imedsam.bottleneck import ZeroLinear
 from imedsam.configuration.configuration_sf_recsam import SFRecSamConfig
 from imedsam.false_corrector import suspicious_places
-from imedsam.implicit_decoder import HiddenLinear
+from imedsam.layers import HiddenLinear, ZeroLinear
 from imedsam.uncertainty import ProbabilitySamples
 
 

@@ -67,10 +67,6 @@ def get_peft_config(config: IMedSamConfig) -> LoraConfig:
     The adapter that a configuration asks for: LoRA on the image encoder, and in `modules_to_save` all else that is
     trained, so that loading, switching and disabling act on all of it together.
     """
-    if config.lora_rank == 0:
-        raise ValueError(
-            "Expected lora_rank of at least 1 for an adapter, got 0: such a model is trained and saved whole."
-        )
     modules_to_save = ["prompt_encoder"]
     if config.frequency_view is not None:
         modules_to_save.append("frequency_branch")

@@ -73,12 +73,7 @@ class IMedSamModel(IMedSamPreTrainedModel):
         self.prompt_encoder = PromptEncoder(sam)
         sam.mask_decoder_config._attn_implementation = config._attn_implementation
         self.mask_decoder = PromptFusion(sam.mask_decoder_config)
-        self.frequency_view: FrequencyView | None = None
-        self.frequency_branch: FrequencyBranch | None = None
-        if config.frequency_view is not None:
-            self.frequency_view = FrequencyView(config.frequency_view, config.frequency_log)
-            self.frequency_branch = FrequencyBranch(config)
-        self.implicit_decoder = ImplicitDecoder(config) if config.implicit_decoder else None
+        self._add_own_parts(config)
         self.post_init()
 
     def forward(
@@ -176,6 +171,15 @@ class IMedSamModel(IMedSamPreTrainedModel):
                 padded = ~prompt_attention_mask.bool()[:, :, None, None, None]
                 output["pred_masks"] = masks.logits.masked_fill(padded, -100.0)
         return IMedSamOutput(**output, image_embeddings=image_embeddings)
+
+    def _add_own_parts(self, config: Any) -> None:
+        """What no SAM has beside its encoder."""
+        self.frequency_view: FrequencyView | None = None
+        self.frequency_branch: FrequencyBranch | None = None
+        if config.frequency_view is not None:
+            self.frequency_view = FrequencyView(config.frequency_view, config.frequency_log)
+            self.frequency_branch = FrequencyBranch(config)
+        self.implicit_decoder = ImplicitDecoder(config) if config.implicit_decoder else None
 
     def _make_vision_encoder(self, config: Any) -> Any:
         return IMedSamVisionEncoder(config.sam_config.vision_config)

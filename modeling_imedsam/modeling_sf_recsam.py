@@ -10,7 +10,7 @@ from transformers import SamModel
 
 from imedsam.configuration.configuration_sf_recsam import SFRecSamConfig
 from imedsam.configuration.false_corrector import FalseCorrectorConfig
-from imedsam.false_corrector import vary_prompts
+from imedsam.false_corrector import sample_prompts
 from imedsam.frequency import FrequencyView
 from imedsam.learned_corrector import LearnedCorrector
 from imedsam.mask_field import InterpolatedMaskField, MaskField
@@ -51,8 +51,6 @@ class SFRecSamModel(IMedSamModel):
 
     def __init__(self, config: SFRecSamConfig):
         super().__init__(config)  # type: ignore[arg-type]  # has all that is asked of it
-        sees_frequencies = config.fusion in ("frequency", "spatial_frequency")
-        self.frequency_view = FrequencyView("haar", log=False) if sees_frequencies else None
         self.learned_corrector: LearnedCorrector | None = None
         if config.learned_corrector:
             self.add_corrector()
@@ -106,17 +104,21 @@ class SFRecSamModel(IMedSamModel):
             "input_labels": input_labels,
             "input_masks": input_masks,
         }
-        field: Any = super().get_mask_field(image_embeddings, **given, class_labels=class_labels)
+        bind: Any = super().get_mask_field
+        field = bind(image_embeddings, **given, class_labels=class_labels)
         if self.learned_corrector is None or (input_boxes is None and input_points is None):
             return field
         size = self.config.image_size
         if reshaped_input_sizes is None:
             reshaped_input_sizes = torch.full((len(image_embeddings), 2), size, device=image_embeddings.device)
-        with torch.no_grad():
-            prompts = {name: prompt for name, prompt in given.items() if prompt is not None}
-            varied = vary_prompts(prompts, field, self.false_corrector, size, reshaped_input_sizes)
-            samples: Any = super().get_mask_field(image_embeddings, **varied)
-            samples = samples.logits.unflatten(1, (self.false_corrector.samples, -1)).movedim(1, 0).sigmoid()
+        samples = sample_prompts(
+            lambda varied: bind(image_embeddings, **varied).logits,
+            {name: prompt for name, prompt in given.items() if prompt is not None},
+            field,
+            self.false_corrector,
+            size,
+            reshaped_input_sizes,
+        )
         inside = self._inside(reshaped_input_sizes, field).repeat_interleave(field.num_prompts, dim=0)
         logits = self.learned_corrector(field.logits.flatten(0, 1), field.features, samples.flatten(1, 2), inside)
         return InterpolatedMaskField(logits.unflatten(0, field.logits.shape[:2]))
@@ -130,6 +132,11 @@ class SFRecSamModel(IMedSamModel):
 
     def to_sam(self) -> SamModel:
         raise ValueError("Expected a model whose image encoder is SAM's, got SF-RecSAM's, which no SamModel has.")
+
+    def _add_own_parts(self, config: Any) -> None:
+        sees_frequencies = config.fusion in ("frequency", "spatial_frequency")
+        self.frequency_view = FrequencyView("haar", log=False) if sees_frequencies else None
+        self.frequency_branch = self.implicit_decoder = None
 
     def _make_vision_encoder(self, config: Any) -> Any:
         return SpatialFrequencyEncoder(config)

@@ -7,6 +7,7 @@ from transformers.models.sam.modeling_sam import SamLayerNorm
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.coordinates import CoordinateEncoding
+from imedsam.layers import HiddenConvolution
 from imedsam.tiles import pixel_centres, whole_square
 
 UNFOLDED = 2  # the side of the square of places that become channels of one
@@ -56,7 +57,3 @@ class PixelDecoder(nn.Module):
         for layer, norm in zip(self.layers[1:], self.norms[1:], strict=True):
             hidden = F.relu(norm(layer(hidden)))
         return F.pixel_shuffle(hidden, UNFOLDED)
-
-
-class HiddenConvolution(nn.Conv2d):
-    """A convolution before a ReLU, initialised for one (He et al., 2015)."""

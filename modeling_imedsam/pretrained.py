@@ -15,34 +15,33 @@ from peft import PeftConfig
 from torch import nn
 from transformers import SamModel
 from transformers import initialization as init
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
-    cached_file,
     find_adapter_config_file,
-    logging,
 )
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from imedsam.adapters import AdaptedSam
-from imedsam.bottleneck import ZeroLinear
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.frequency import FrequencyBranch
 from imedsam.hub_errors import check_token, explain_hub_errors
 from imedsam.image_encoder import resize_positions
-from imedsam.implicit_decoder import ClassLinear, EllipsePrior, HiddenLinear
+from imedsam.implicit_decoder import ClassLinear, EllipsePrior
+from imedsam.layers import init_layer
 from imedsam.lora import fuse_qkv, read_adapter, split_qkv
-from imedsam.pixel_decoder import HiddenConvolution
+from imedsam.own_checkpoints import (
+    folder_of_whole_model,
+    refuse_lone_weights,
+    refuse_lost_adapter,
+    refuse_other_checkpoint,
+)
 from imedsam.sam_checkpoints import FINDING_KEYS, SamCheckpoint, load_sam, only_finding, refuse_damaged, refuse_nowhere
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-logger = logging.get_logger(__name__)
 
 
 class IMedSamPreTrainedModel(AdaptedSam):
@@ -69,7 +68,7 @@ class IMedSamPreTrainedModel(AdaptedSam):
         sam = load_sam(pretrained_model_name_or_path, **only_finding(loading))
         config = cls.config_class.on_sam(sam.config, image_size, **kwargs)
         model = cls._on_sam(sam, config, loading.get("dtype"), loading.get("attn_implementation"))
-        if config.lora_rank > 0:
+        if model._lora_rank > 0:
             model.add_adapter()
         model.set_trainable()
         return model.eval()
@@ -104,10 +103,10 @@ class IMedSamPreTrainedModel(AdaptedSam):
                 "begin anew with from_sam_pretrained."
             )
         if not has_adapter or "config" not in kwargs:
-            _refuse_other_checkpoint(path, cls.config_class.model_type, finding)
+            refuse_other_checkpoint(path, cls, finding)
         if has_adapter:
             read_adapter(path, cls.config_class.from_pretrained(path, **finding), finding)
-        folder = _folder_of_whole_model(path, finding) if has_adapter else path
+        folder = folder_of_whole_model(path, finding) if has_adapter else path
         if folder is not None and base_model_name_or_path is not None:
             raise ValueError(
                 f"Expected no base_model_name_or_path with {path}, got {base_model_name_or_path}: it is a whole model."
@@ -119,9 +118,9 @@ class IMedSamPreTrainedModel(AdaptedSam):
                 if has_adapter:
                     kwargs = {key: value for key, value in kwargs.items() if key not in _PLACE_KEYS}
                 else:
-                    _refuse_lone_weights(path, finding)
+                    refuse_lone_weights(path, finding)
                     if "lora_rank" not in kwargs:
-                        _refuse_lost_adapter(path, cls.config_class.from_pretrained(path, **finding))
+                        refuse_lost_adapter(path, cls.config_class.from_pretrained(path, **finding))
                 # Declared to return the model alone.
                 loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
                 model, found = loaded
@@ -228,13 +227,11 @@ class IMedSamPreTrainedModel(AdaptedSam):
     def save_adapter(self, save_directory: str | os.PathLike) -> None:
         """
         Writes the active adapter alone, a few MB that name the SAM they belong to: a PEFT checkpoint
-        (`adapter_config.json`, `adapter_model.safetensors`) and `config.json`. Load it with
-        `IMedSamModel.from_pretrained`; `AutoModel` would take the SAM that it names. The processor is saved apart.
+        (`adapter_config.json`, `adapter_model.safetensors`) and `config.json`. Load it with `from_pretrained` of this
+        class; `AutoModel` would take the SAM that it names. The processor is saved apart.
         """
         if not self._hf_peft_config_loaded:
-            raise ValueError(
-                "Expected a model with an adapter, got one without: use save_pretrained (lora_rank is 0)."
-            )
+            raise ValueError("Expected a model with an adapter, got one without: use save_pretrained.")
         if self.config.base_model_sha256 is None:
             raise ValueError(
                 "Expected an adapter on a SAM, got one on weights that are no SAM's, such as with LoRA merged into "
@@ -360,12 +357,9 @@ class IMedSamPreTrainedModel(AdaptedSam):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        init_layer(module)
         if isinstance(module, ClassLinear | EllipsePrior):
             module.reset_parameters()
-        elif isinstance(module, HiddenLinear | HiddenConvolution):
-            init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
         elif isinstance(module, FrequencyBranch):
             init.zeros_(module.gates)
 
@@ -416,58 +410,3 @@ def _single_device(device_map: Any) -> torch.device | None:
         raise ValueError(
             f'Expected a device_map of one device, such as "cuda", for an adapter, got {device_map!r}.'
         ) from error
-
-
-def _folder_of_whole_model(path: str, finding: dict[str, Any]) -> str | None:
-    """The local folder of a checkpoint that holds a whole model beside its adapter; None for an adapter alone."""
-    names = [CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    files = [cached_file(path, name, _raise_exceptions_for_missing_entries=False, **finding) for name in names]
-    single, index = files[2:]
-    if single is None and index is not None and not os.path.isdir(path):
-        get_checkpoint_shard_files(path, index, **finding)  # beside it
-    found = single or index
-    return None if found is None else os.path.dirname(found)
-
-
-def _refuse_lone_weights(path: str, finding: dict[str, Any]) -> None:
-    """An adapter's weights without its configuration would be left out without a word."""
-    if cached_file(path, ADAPTER_SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **finding):
-        raise ValueError(
-            f"Expected {ADAPTER_CONFIG_NAME} beside {ADAPTER_SAFE_WEIGHTS_NAME} at {path}, got none: copy or download "
-            "it again."
-        )
-
-
-def _refuse_lost_adapter(path: str, config: IMedSamConfig) -> None:
-    """A whole model of which the adapter's two files were left out is an untrained one."""
-    if getattr(config, "lora_rank", 0) == 0:  # which a U-Net has not at all
-        return
-    if config.base_model_sha256 is not None:  # on a SAM LoRA is never without its adapter
-        raise ValueError(
-            f"Expected {ADAPTER_CONFIG_NAME} and {ADAPTER_SAFE_WEIGHTS_NAME} at {path}, whose config.json says "
-            f"lora_rank={config.lora_rank}, got neither: copy or download it again, or give lora_rank=0 and "
-            "lora_targets=[] for what it was before it was trained."
-        )
-    logger.warning(
-        f"No adapter at {path}, whose config.json says lora_rank={config.lora_rank}: LoRA would start anew."
-    )
-
-
-def _refuse_other_checkpoint(path: str, expected: str, finding: dict[str, Any]) -> None:
-    model_type = PreTrainedConfig.get_config_dict(path, **finding)[0].get("model_type")
-    if model_type == expected:
-        return
-    if model_type is None:
-        raise ValueError(
-            f"Expected an I-MedSAM checkpoint at {path}, got no {CONFIG_NAME}: check the path, or copy or download it "
-            "again."
-        )
-    if str(model_type).startswith((IMedSamConfig.model_type, "sf_recsam")):
-        raise ValueError(
-            f"Expected a checkpoint of type {expected!r} at {path}, got one of type {model_type!r}: "
-            "imedsam.training.baselines.load_model takes what it finds."
-        )
-    raise ValueError(
-        f"Expected an I-MedSAM checkpoint at {path}, got one of type {model_type!r}: "
-        "start from a SAM with IMedSamModel.from_sam_pretrained."
-    )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -86,7 +87,7 @@ def load_sam(name_or_path: str | os.PathLike, **loading: Any) -> SamCheckpoint:
         return read_original(path)
     if path.endswith(WEIGHTS) and not os.path.isdir(path):
         raise OSError(f"Expected a file at {path}, got none: check its path.")
-    model_type = PreTrainedConfig.get_config_dict(path, **only_finding(loading))[0].get("model_type")
+    model_type = read_config(path, **only_finding(loading)).get("model_type")
     if model_type != "sam":
         raise ValueError(
             f"Expected a SAM checkpoint at {path}, got one of type {model_type!r}: give a SamModel's folder or Hub "
@@ -119,6 +120,27 @@ def refuse_damaged(path: str) -> Iterator[None]:
         raise ValueError(
             f"Expected weights at {path} of the sizes that its config.json says, got others (the table above): take "
             "the two from one place."
+        ) from error
+
+
+def read_config(path: str, **finding: Any) -> dict[str, Any]:
+    """
+    What config.json says in a folder or a repository on the Hub; {} without one.
+
+    Raises:
+        OSError: there is neither, or the Hub does not give it.
+    """
+    refuse_nowhere(path)
+    try:
+        return PreTrainedConfig.get_config_dict(path, **finding)[0]
+    except OSError as error:
+        if not isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise
+        # transformers speaks of the connection alone, of a folder that is misspelt too.
+        raise OSError(
+            f"Expected a model's folder or its name on the Hub, got {path}: there is no such folder, and nothing of "
+            "that name in the Hub's cache, while the Hub itself is not reached. Check the name, or the connection and "
+            "HF_HUB_OFFLINE."
         ) from error
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.models.sam.modeling_sam import SamLayerNorm, SamVisionLayer
 
-from imedsam.bottleneck import Bottleneck, ZeroLayerNorm, ZeroLinear
+from imedsam.bottleneck import Bottleneck
 from imedsam.configuration.configuration_sf_recsam import SFRecSamConfig
 from imedsam.image_encoder import IMedSamVisionEncoder
+from imedsam.layers import HiddenConvolution, ZeroLayerNorm, ZeroLinear, init_layer
 from imedsam.lora import SplitProjection
-from imedsam.pixel_decoder import HiddenConvolution
 
 STEM_WIDTH = 64
 
@@ -36,12 +36,12 @@ class SpatialFrequencyEncoder(IMedSamVisionEncoder):
         if config.overlapping_patches:
             channels, width, patch = vision.num_channels, vision.hidden_size, vision.patch_size
             self.patch_embed.projection = nn.Conv2d(channels, width, 2 * patch, stride=patch)
-        self.token_adapter = Bottleneck(vision.hidden_size, config.adapter_hidden or 1, zero=True)
+        self.token_adapter = Bottleneck(vision.hidden_size, config.adapter_width, zero=True)
         self.stem: ConvolutionalStem | None = None
         if config.fusion in ("spatial", "frequency", "spatial_frequency"):
             self.stem = ConvolutionalStem(vision.hidden_size, vision.patch_size)
-        for index in config.fusion_layers or ():
-            self.layers[index] = FusionLayer(config, last=index == (config.fusion_layers or ())[-1])
+        for index in config.fused_layers:
+            self.layers[index] = FusionLayer(config, last=index == config.fused_layers[-1])
         self.post_init()
 
     def embed(self, pictures: Tensor) -> Tensor:
@@ -78,9 +78,8 @@ class SpatialFrequencyEncoder(IMedSamVisionEncoder):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, HiddenConvolution):
-            init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, ZeroLinear | ZeroLayerNorm | SpectralFilter):
+        init_layer(module)
+        if isinstance(module, SpectralFilter):
             init.zeros_(module.weight)
 
 
@@ -96,7 +95,7 @@ class FusionLayer(SamVisionLayer):
         width = vision.hidden_size
         self.attn.qkv = SplitProjection(width, bias=vision.qkv_bias)  # type: ignore[assignment]
         self.adapter_scale = config.adapter_scale
-        self.adapter = Bottleneck(width, config.adapter_hidden or 1, zero=True)
+        self.adapter = Bottleneck(width, config.adapter_width, zero=True)
         self.cross_attention = None if config.fusion is None else CrossAttention(width, vision.num_attention_heads)
         self.spectral_filter: SpectralFilter | None = None
         self.side_conv: nn.Conv2d | None = None

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from collections import OrderedDict
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -89,6 +91,21 @@ def test_merged_it_is_the_same_function(from_sam, inputs, tmp_path, values):
     for projection, changed in (("q_proj", True), ("k_proj", False), ("v_proj", True)):
         key = weight.format(projection)
         assert torch.equal(model.state_dict()[key], base[key]) != changed
+
+
+def test_disabled_it_is_merged_all_the_same(from_sam, inputs):
+    """As PEFT merges, here a linear layer and one that is saved with it."""
+    layers = torch.nn.Sequential(OrderedDict(a=torch.nn.Linear(4, 4), b=torch.nn.Linear(4, 4)))
+    config = LoraConfig(target_modules=["a"], modules_to_save=["b"], init_lora_weights=False)
+    reference, tokens = get_peft_model(layers, config), torch.randn(2, 4)
+    reference.base_model.model.b.modules_to_save["default"].weight.data += 1
+    model = from_sam()
+    enabled, expected = reference(tokens), masks(model, inputs)
+    reference.base_model.disable_adapter_layers()
+    model.disable_adapters()
+    assert not torch.allclose(reference(tokens), enabled) and not torch.allclose(masks(model, inputs), expected)
+    assert_close(reference.merge_and_unload()(tokens), enabled)
+    assert_close(masks(model.merge_and_unload(), inputs), expected, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("name", ["second", "default-2", "default_2", "def"])

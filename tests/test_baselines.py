@@ -176,9 +176,7 @@ def test_saved_it_comes_back(make, inputs, tmp_path, method):
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trainable
     if METHODS[method].model_class is not IMedSamModel:
-        with pytest.raises(
-            ValueError, match="'(imedsam_|sf_).*: imedsam.training.baselines.load_model takes what it finds"
-        ):
+        with pytest.raises(ValueError, match="'(imedsam_|sf_).*: imedsam.training.baselines.load_model takes any of"):
             IMedSamModel.from_pretrained(tmp_path)
 
 
@@ -213,6 +211,12 @@ def test_of_what_goes_wrong_the_configuration_alone_is_called_one(make, tmp_path
 def test_another_checkpoint_is_refused(sam_folder, tmp_path):
     with pytest.raises(ValueError, match="got one of type 'sam': start from a SAM"):
         load_model(sam_folder)
+    for model_class in (SFRecSamModel, BoxMaskModel):
+        name = model_class.__name__
+        with pytest.raises(ValueError, match=f"got one of type 'sam': start from a SAM with {name}.from_sam_pretra"):
+            model_class.from_pretrained(sam_folder)
+        with pytest.raises(ValueError, match=f"Expected a checkpoint of {name} at .*, got no config.json"):
+            model_class.from_pretrained(tmp_path)
     IMedSamConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Expected a checkpoint of type 'imedsam_unet' .*, got one of type 'imedsam'"):
         UNetModel.from_pretrained(tmp_path)
@@ -263,6 +267,8 @@ def test_the_u_net_sees_the_box_in_its_channel_or_not_at_all(make, inputs):
     assert_close(seen[0][:, :3], inputs["pixel_values"])
     whole = torch.tensor([0.0, 0, 64, 64]).expand(2, 1, 4)
     assert_close(model.get_mask_field(inputs["pixel_values"], whole).logits, field.logits)
+    with pytest.raises(ValueError, match="Expected a model on a SAM, got a U-Net"):
+        model.to_sam()
     with pytest.raises(ValueError, match="Expected boxes for a U-Net, got points or masks"):
         model(**inputs, input_points=torch.zeros(2, 2, 1, 2))
     output = blind(**inputs).pred_masks

@@ -115,6 +115,8 @@ def test_the_ways_out_are_accepted(values):
 def test_unknown_keys_are_refused():
     with pytest.raises(TypeError, match=r"Unknown configuration key 'lora_rnak': IMedSamConfig takes .*lora_rank.*"):
         IMedSamConfig(lora_rnak=4)
+    with pytest.raises(TypeError, match="newer version: update imedsam's repository, and `pip install` its path"):
+        IMedSamConfig(lora_rnak=4)
     with pytest.raises(TypeError, match="keys 'a', 'b': IMedSamConfig takes .* and num_labels. Correct or remove it"):
         IMedSamConfig(b=1, a=2)
 

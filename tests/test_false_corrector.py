@@ -24,6 +24,7 @@ from imedsam.false_corrector import (
     vary_prompts,
 )
 from imedsam.mask_field import InterpolatedMaskField
+from imedsam.modeling_sf_recsam import SFRecSamModel
 from imedsam.processing.image_processing_imedsam import sample_pixels
 from imedsam.training.cli import app
 from imedsam.training.evaluation import evaluate_masks, predict_objects
@@ -537,3 +538,20 @@ def test_predict_writes_the_corrected_mask(fields_model, tmp_path):
     (feature,) = json.loads((tmp_path / "a.geojson").read_text())["features"]
     assert report["area"] == masks[1].sum()
     assert feature["properties"]["area"] == pytest.approx(report["area"], rel=0.1)
+
+
+def test_masks_that_are_corrected_as_they_come_are_refused_before_anything_is_written(sam_folder, drawn, tmp_path):
+    model = SFRecSamModel.from_sam_pretrained(sam_folder, 64)
+    model.add_corrector()
+    model.save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    boxes = ["--boxes", tmp_path / "boxes.json", "--contours", tmp_path / "outlines" / "all.geojson"]
+    (tmp_path / "boxes.json").write_text(json.dumps({f"{name}.png": [BOX] for name in "abc"}))
+    for command in (["predict", "--image", drawn / "images", *boxes], ["evaluate", "--data", drawn]):
+        arguments = [*command, "--model", tmp_path / "model", "-o", tmp_path / "out", "--correct"]
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        said = " ".join(result.output.replace("│", " ").split())
+        assert result.exit_code == 2 and said.count("Expected") == 1, result.output
+        assert "Expected a model without a learned corrector, got one" in said
+        assert "leave correct (--correct) out" in said
+        assert not (tmp_path / "out").exists() and not (tmp_path / "outlines").exists()

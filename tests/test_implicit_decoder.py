@@ -14,7 +14,8 @@ import imedsam.mask_field
 import imedsam.rendering
 import imedsam.tiles
 from imedsam.coordinates import CoordinateEncoding, fourier_features
-from imedsam.implicit_decoder import ClassLinear, EllipsePrior, HiddenLinear, ImplicitDecoder, normalise
+from imedsam.implicit_decoder import ClassLinear, EllipsePrior, ImplicitDecoder, normalise
+from imedsam.layers import HiddenLinear
 from imedsam.losses import segmentation_loss
 from imedsam.mask_field import ImplicitMaskField
 from imedsam.prompt_fusion import Prompts

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.modeling_imedsam import IMedSamModel
-from imedsam.training.baselines import load_model
+from imedsam.training.baselines import find_model_class, load_model
 from imedsam.training.cli import app
 
 
@@ -339,7 +339,7 @@ def change_json(path, **values):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda folder: (folder / "config.json").unlink(), "Expected an .* at .*, got no"),
+        (lambda folder: (folder / "config.json").unlink(), "Expected an? .* at .*, got no"),
         (
             lambda folder: (folder / "adapter_model.safetensors").unlink(),
             "its adapter_model.safetensors at .*, got no",
@@ -386,6 +386,21 @@ def test_a_folder_that_is_not_there_is_named(model, tmp_path):
             load(str(tmp_path / "nothing"))
     with pytest.raises(OSError, match="got .*/liver, where no folder is"):
         IMedSamModel.from_pretrained(tmp_path, subfolder="liver")
+
+
+@pytest.mark.parametrize("name", ["outputs/nothing", "nothing"])
+def test_what_may_be_a_name_on_the_hub_is_said_to_be_neither(model, name):
+    """These tests are offline, where transformers would speak of the connection alone."""
+    for load in (
+        IMedSamModel.from_pretrained,
+        IMedSamModel.from_sam_pretrained,
+        load_model,
+        find_model_class,
+        lambda path: model.load_adapter(path, "other"),
+    ):
+        with pytest.raises(OSError, match=f"got {name}: there is no such folder, and nothing of that name in the Hub"):
+            load(name)
+    assert list(model.peft_config) == ["default"]
 
 
 def test_a_new_adapter_is_as_the_configuration_says(model):

@@ -111,6 +111,14 @@ def test_which_layers_fuse(tiny_sam):
         layers(image_size=60, patch_size=6, window_size=0)
 
 
+def test_there_is_no_lora_to_put_on(make, tmp_path):
+    model = make(trained=False)
+    with pytest.raises(ValueError, match="lora_rank of at least 1 for an adapter, got 0"):
+        model.add_adapter()
+    with pytest.raises(ValueError, match="Expected a model with LoRA to load .* into, got one without"):
+        model.load_adapter(tmp_path)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_encoder_from_its_description(make, pixels, fusion):

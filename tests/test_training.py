@@ -20,6 +20,7 @@ from PIL import Image
 from processes import TWO_PROCESSES
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
 from imedsam.mask_field import FieldValues
 from imedsam.modeling_imedsam import IMedSamModel
@@ -29,6 +30,7 @@ from imedsam.training import checkpoints, train
 from imedsam.training.arguments import parse_args, parse_config
 from imedsam.training.averaging import WeightAverage
 from imedsam.training.calibration import CALIBRATION_METRICS
+from imedsam.training.cli import app
 from imedsam.training.evaluation import (
     class_means,
     evaluate_masks,
@@ -546,6 +548,40 @@ def test_wrong_flags_are_refused(sam_folder, capsys, flags, message):
         parse_args([*arguments(sam_folder, "out", []), *flags.split()])
     assert exit.value.code == 2
     assert re.search(message, capsys.readouterr().err, flags=re.DOTALL)
+
+
+def test_the_command_line_says_in_a_line_what_is_refused(sam_folder, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    monkeypatch.setattr(train, "run", lambda *parts: pytest.fail("was trained"))
+    (tmp_path / "damaged").mkdir()
+    shutil.copy(sam_folder / "config.json", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"x")
+    for flags, message in (
+        (["--train_corrector"], "Expected an SF-RecSAM checkpoint for --train_corrector, got a SAM at"),
+        (["--dataset_name", tmp_path / "none"], "Expected "),
+        (["--model_name_or_path", tmp_path / "damaged"], "got a damaged one"),
+        (["--resume_from_checkpoint", tmp_path], "Expected a checkpoint with"),
+    ):
+        given = arguments(sam_folder, output, flags)
+        with pytest.raises((ValueError, OSError), match=message):
+            train.main(given)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            train.command(given)
+        *_, said = capsys.readouterr().err.strip().splitlines()
+        assert exit.value.code == 2 and ": error: Expected " in said and message in said
+    result = CliRunner().invoke(app, ["train", *arguments(sam_folder, output, ["--train_corrector"])])
+    assert result.exit_code == 2 and ": error: Expected an SF-RecSAM checkpoint" in result.output
+    assert not (output / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_the_module_is_a_command_line_too(sam_folder, tmp_path):
+    command = [sys.executable, "-m", "imedsam.training.train"]
+    command += arguments(sam_folder, tmp_path / "out", ["--train_corrector"])
+    result = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "train.py: error: Expected an SF-RecSAM checkpoint for --train_corrector" in result.stderr
 
 
 def test_images_of_other_types_are_trained_on_through_a_window(run, tmp_path):

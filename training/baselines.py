@@ -25,12 +25,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers.configuration_utils import PreTrainedConfig
 
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.modeling_sf_recsam import SFRecSamModel
 from imedsam.pipeline import IMedSamPipeline
-from imedsam.sam_checkpoints import only_finding, refuse_nowhere
+from imedsam.sam_checkpoints import only_finding, read_config
 from imedsam.training.box_mask import BoxMaskModel
 from imedsam.training.convolutional import ConvolutionalModel
 from imedsam.training.unet import UNetModel
@@ -61,7 +60,6 @@ def load_pipeline(
 
 def check_model_class(path: str | os.PathLike, **finding: Any) -> type[IMedSamModel]:
     """`find_model_class`, of a checkpoint whose configuration can be read."""
-    refuse_nowhere(str(path))
     model_class = find_model_class(path, **finding)
     if model_class is None:
         return IMedSamModel  # which says what is wrong with it
@@ -74,7 +72,7 @@ def check_model_class(path: str | os.PathLike, **finding: Any) -> type[IMedSamMo
 
 def find_model_class(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> type[IMedSamModel] | None:
     """The class of a checkpoint's model; None if it is not one of ours, such as a SAM."""
-    model_type = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)[0].get("model_type")
+    model_type = read_config(str(pretrained_model_name_or_path), **kwargs).get("model_type")
     classes = (method.model_class for method in METHODS.values())
     return next((found for found in classes if found.config_class.model_type == model_type), None)
 

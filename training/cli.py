@@ -34,9 +34,9 @@ app = typer.Typer(
 )
 def train(context: typer.Context) -> None:
     """Train on phantoms, a folder or a data set; the flags of `python -m imedsam.training.train --help`."""
-    from imedsam.training.train import main
+    from imedsam.training.train import command
 
-    main(context.args)
+    command(context.args)
 
 
 @app.command()

@@ -4,10 +4,9 @@ import os
 from pathlib import Path
 
 from transformers import SamModel
-from transformers.configuration_utils import PreTrainedConfig
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
-from imedsam.sam_checkpoints import WEIGHTS, load_sam
+from imedsam.sam_checkpoints import WEIGHTS, load_sam, read_config
 from imedsam.training.baselines import load_model
 from imedsam.training.report import new_folder
 
@@ -34,7 +33,7 @@ def convert_to_folder(
 
 def to_sam(model: str, base_model: str | None, revision: str | None) -> SamModel:
     if os.path.isdir(model) or not (os.path.isfile(model) or model.endswith(WEIGHTS)):
-        model_type = PreTrainedConfig.get_config_dict(model, revision=revision)[0].get("model_type")
+        model_type = read_config(model, revision=revision).get("model_type")
         if model_type == IMedSamConfig.model_type:
             return load_model(model, base_model_name_or_path=base_model, revision=revision).to_sam()
     return load_sam(model, revision=revision).to_model()

@@ -11,9 +11,10 @@ from transformers.models.sam.modeling_sam import SamLayerNorm
 
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
 from imedsam.implicit_decoder import EllipsePrior
+from imedsam.layers import HiddenConvolution
 from imedsam.mask_field import InterpolatedMaskField, MaskField
 from imedsam.modeling_imedsam import IMedSamModel
-from imedsam.pixel_decoder import HiddenConvolution, PixelDecoder
+from imedsam.pixel_decoder import PixelDecoder
 from imedsam.tiles import pixel_centres, whole_square
 
 # Channels that are normalised against each other are not to be too few.

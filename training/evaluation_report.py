@@ -15,7 +15,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from imedsam.false_corrector import default_samples
+from imedsam.false_corrector import default_samples, refuse_corrected
 from imedsam.pipeline import IMedSamPipeline
 from imedsam.training.baselines import load_pipeline
 from imedsam.training.calibration import RETENTION_LEVELS, error_retention_curve, region_around, reliability_bins
@@ -164,8 +164,8 @@ def evaluate_to_folder(
 
     Raises:
         ValueError: before anything is evaluated, an `output` that is a file, a spacing that is not positive, a
-            negative tolerance, jitter of clicks, the same model twice, or data with other classes; and data without
-            an object.
+            negative tolerance, jitter of clicks, the same model twice, `correct` with a model whose masks are
+            corrected as they come, or data with other classes; and data without an object.
     """
     check_distances((1.0, 1.0) if spacing is None else spacing, tolerance)
     if prompt == "click" and any(box_jitters):
@@ -178,6 +178,8 @@ def evaluate_to_folder(
     pipelines = {
         name: load_pipeline(path, state.device, **(of_model if path == model else {})) for name, path in names.items()
     }
+    for pipeline in pipelines.values() if correct else ():
+        refuse_corrected(pipeline.model)
     num_classes = next(iter(pipelines.values())).model.config.num_labels
     examples = load_examples(
         data,

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imedsam.implicit_decoder import HiddenLinear, ImplicitDecoder, normalise
+from imedsam.implicit_decoder import ImplicitDecoder, normalise
+from imedsam.layers import HiddenLinear
 from imedsam.modeling_imedsam import IMedSamModel
 from imedsam.pipeline import IMedSamPipeline
 from imedsam.prompt_fusion import Prompts

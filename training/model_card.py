@@ -64,7 +64,7 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
     name = publication.name if publication else Path(arguments["output_dir"]).resolve().name
     is_model = method.model_class is IMedSamModel
     prompt = arguments.get("prompt", "box")
-    prompts = PROMPTS[prompt]
+    prompts = PROMPT_ARGUMENTS[prompt]
     correct = publication.correct if publication else None
     results = [_training_results(report)] if not (publication and publication.evaluations) else []
     results += [_evaluation_results(evaluation) for evaluation in (publication.evaluations if publication else ())]
@@ -249,7 +249,7 @@ def is_hub_name(name: str) -> bool:
 
 
 # A single image needs no level of its own.
-PROMPTS = {"box": "input_boxes=[[8, 12, 50, 44]]", "click": "input_points=[[[29, 28]]]"}
+PROMPT_ARGUMENTS = {"box": "input_boxes=[[8, 12, 50, 44]]", "click": "input_points=[[[29, 28]]]"}
 PROMPTS_FROM = {
     "box": "Boxes come from the reference masks, so the filled box and the ellipse inscribed\n"
     "in it are what the prompt alone is worth.",

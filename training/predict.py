@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from imedsam.contours import to_geojson
-from imedsam.false_corrector import default_samples
+from imedsam.false_corrector import default_samples, refuse_corrected
 from imedsam.pipeline import IMedSamPipeline, Segmentation
 from imedsam.training.examples import IMAGE_SUFFIXES
 from imedsam.training.pictures import displayable, overlay, uncertainty_picture
@@ -47,12 +47,15 @@ def predict_files(
             decoder, else with varied prompts; see `IMedSamPipeline.predict`.
 
     Raises:
-        ValueError: some images could not be segmented; the results of the others have been written.
+        ValueError: some images could not be segmented; the results of the others have been written. Before anything
+            is written, `correct` with a model whose masks are corrected as they come.
 
     Returns:
         The report: per image its size, boxes or clicks, and for each of them the class, the area in pixels, the score
         and the mean uncertainty.
     """
+    if correct:
+        refuse_corrected(pipeline.model)
     for folder in (output_dir, *([] if contours is None else [contours.parent])):
         folder.mkdir(parents=True, exist_ok=True)
     report: dict[str, dict] = {}

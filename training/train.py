@@ -11,6 +11,7 @@ resumed ends with the same weights as one that was not.
 
 import argparse
 import math
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState, skip_first_batches
 from accelerate.utils import broadcast, gather_object, set_seed
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -68,9 +70,30 @@ LEARNING_RATES = {
 LAST_COARSE_WEIGHT = 0.1
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Trains, evaluates and writes the model to `--output_dir`. The flags are the command line's unless given."""
+def command(argv: list[str] | None = None) -> None:
+    """`main` for a command line, which says in a line what is refused, as argparse does of wrong flags."""
     args = parse_args(argv, __doc__)
+    try:
+        parts = prepare(args)
+    except (ValueError, OSError, SafetensorError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    run(args, *parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    Trains, evaluates and writes the model to `--output_dir`. The flags are the command line's unless given.
+
+    Raises:
+        ValueError, OSError: data, a checkpoint or flags that cannot be, before anything is trained.
+    """
+    args = parse_args(argv, __doc__)
+    run(args, *prepare(args))
+
+
+def prepare(args: argparse.Namespace) -> tuple:
+    """All that a training takes, and where it stands."""
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -106,6 +129,11 @@ def main(argv: list[str] | None = None) -> None:
         scalars = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers("imedsam", config=scalars)
     state = resume(accelerator, args)
+    return accelerator, model, processor, train_loader, examples, optimizer, scheduler, average, state
+
+
+def run(args, accelerator, model, processor, train_loader, examples, optimizer, scheduler, average, state) -> None:
+    """Trains what is prepared, to the end."""
     if accelerator.is_main_process:
         (Path(args.output_dir) / "metrics.json").unlink(missing_ok=True)  # the sign of a finished run
     train(
@@ -446,4 +474,4 @@ def flatten(values: dict) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers import SamModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from imedsam.configuration.sam_based import INHERITED_KEYS
@@ -136,6 +137,9 @@ class UNetModel(IMedSamModel):
         if class_labels is not None:
             logits = logits.take_along_dim(class_labels.to(logits.device).reshape(-1, 1, 1, 1), dim=1)
         return InterpolatedMaskField(logits.unflatten(0, prompts.shape))
+
+    def to_sam(self) -> SamModel:
+        raise ValueError("Expected a model on a SAM, got a U-Net, of which no part is one.")
 
     def _parts(self) -> dict[str, list[nn.Parameter]]:
         return {"U-Net": list(self.parameters())}
