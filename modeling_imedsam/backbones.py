@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, Sam2Model, SamModel
@@ -31,13 +32,16 @@ def load_backbone(name_or_path: str, **loading: Any) -> tuple[PreTrainedConfig, 
         name_or_path: Hub name or folder of a `Sam2Model`, a `SamModel`, or a model that `AutoBackbone` takes.
         loading: what `from_pretrained` takes to find files.
     """
-    model_type = AutoConfig.from_pretrained(name_or_path, **loading).model_type
-    if model_type in ("sam2", "sam2_video"):
+    config = AutoConfig.from_pretrained(name_or_path, **loading)
+    if config.model_type in ("sam2", "sam2_video"):
         encoder = Sam2Model.from_pretrained(name_or_path, **loading).vision_encoder.backbone
-    elif model_type == "sam":
+    elif config.model_type == "sam":
         encoder = SamModel.from_pretrained(name_or_path, **loading).vision_encoder
     else:
-        encoder = AutoBackbone.from_pretrained(name_or_path, **loading)
+        with torch.device("meta"):
+            backbone_class = type(AutoBackbone.from_config(config))
+        # Not that of AutoBackbone, which asks the Hub first and takes no folder.
+        encoder = backbone_class.from_pretrained(name_or_path, **loading)
         return encoder.config, {f"model.{name}": weight for name, weight in encoder.state_dict().items()}
     return encoder.config, encoder.state_dict()
 

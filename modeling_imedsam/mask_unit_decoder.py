@@ -18,11 +18,19 @@ class MaskUnitDecoder(nn.Module):
     Args:
         config: of the model.
         channels: of the stages, from fine to coarse.
+
+    Raises:
+        ValueError: channels that cannot be split among the heads.
     """
 
     def __init__(self, config: SamI2IConfig, channels: Sequence[int]):
         super().__init__()
         coarse_to_fine = list(channels)[::-1]
+        if any(width % heads for width, heads in zip(coarse_to_fine[1:], config.decoder_heads, strict=True)):
+            raise ValueError(
+                f"Expected decoder_heads that divide the channels {coarse_to_fine[1:]}, got "
+                f"{list(config.decoder_heads)}: choose others for this backbone."
+            )
         hiera = Sam2HieraDetConfig(
             embed_dim_per_stage=coarse_to_fine[1:],
             num_attention_heads_per_stage=list(config.decoder_heads),
