@@ -31,6 +31,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from imedsam.adapters import AdaptedSam
 from imedsam.bottleneck import ZeroLinear
 from imedsam.configuration.configuration_imedsam import IMedSamConfig
+from imedsam.configuration.configuration_sam_i2i import SamI2IConfig
 from imedsam.frequency import FrequencyBranch
 from imedsam.hub_errors import check_token, explain_hub_errors
 from imedsam.image_encoder import resize_positions
@@ -466,6 +467,11 @@ def _refuse_other_checkpoint(path: str, expected: str, finding: dict[str, Any]) 
         raise ValueError(
             f"Expected a checkpoint of type {expected!r} at {path}, got one of type {model_type!r}: "
             "imedsam.training.baselines.load_model takes what it finds."
+        )
+    if model_type == SamI2IConfig.model_type:
+        raise ValueError(
+            f"Expected a model that segments at {path}, got a SAM-I2I, which translates: use `imedsam translate`, or "
+            "SamI2IModel.from_pretrained."
         )
     raise ValueError(
         f"Expected an I-MedSAM checkpoint at {path}, got one of type {model_type!r}: "
