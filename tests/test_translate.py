@@ -1,6 +1,7 @@
 """`imedsam translate`: slices and volumes in another contrast, their scores, and what is refused before it begins."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -313,3 +314,16 @@ def test_which_slices_are_shown():
     values = torch.zeros(10, 30)
     values[0, :3] = 0.2
     assert has_tissue(values) and not has_tissue(values / 2) and not has_tissue(values * (torch.arange(30) > 0))
+
+
+def test_the_guides_example_runs(folder, volumes, translator, tmp_path, monkeypatch):
+    guide = (Path(__file__).parents[1] / "docs" / "translation.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    shutil.copytree(folder, tmp_path / "outputs" / "t1_to_t2")
+    shutil.copy(volumes / "t1.nii.gz", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(example, names)
+    outputs = translate(*translator, read_nifti(volumes / "t1.nii.gz").slices)
+    np.testing.assert_allclose(read_nifti(tmp_path / "t2.nii.gz").slices, torch.stack(outputs), atol=1e-5)
+    assert_close(names["slice_of_t2"].float(), outputs[3])
