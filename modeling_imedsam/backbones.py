@@ -15,7 +15,7 @@ from transformers.models.sam2.modeling_sam2 import Sam2HieraDetModel
 from imedsam.configuration.configuration_sam_i2i import NUM_STAGES
 
 
-def make_backbone(config: PreTrainedConfig) -> nn.Module:
+def make_backbone(config: PreTrainedConfig) -> "HieraBackbone | PlainBackbone | StagedBackbone":
     """A new backbone, whose weights are random."""
     if isinstance(config, Sam2HieraDetConfig):
         return HieraBackbone(config)
@@ -51,9 +51,9 @@ class HieraBackbone(Sam2HieraDetModel):
 
     @property
     def channels(self) -> list[int]:
-        return self.config.embed_dim_per_stage
+        return list(self.config.embed_dim_per_stage or ())
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> four stages, (B, H / 4, W / 4, C1) to (B, H / 32, W / 32, C4)."""
         return super().forward(pixel_values).intermediate_hidden_states
 
@@ -61,7 +61,7 @@ class HieraBackbone(Sam2HieraDetModel):
 class StagedBackbone(nn.Module):
     """A backbone of `AutoBackbone` that gives four stages."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
         if len(model.channels) != NUM_STAGES:
@@ -85,7 +85,7 @@ class PlainBackbone(SamVisionEncoder):
     def channels(self) -> list[int]:
         return [self.config.output_channels]
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> one stage, (B, H / 16, W / 16, C)."""
         tokens = self.patch_embed.projection(pixel_values)
         if self.pos_embed is not None:

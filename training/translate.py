@@ -152,25 +152,26 @@ def load_translator(
     """
     path = str(pretrained_model_name_or_path)
     refuse_nowhere(path)
-    model_type = PreTrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type")
+    finding: dict[str, Any] = {"revision": revision}
+    model_type = PreTrainedConfig.get_config_dict(path, **finding)[0].get("model_type")
     if model_type != SamI2IConfig.model_type:
         raise ValueError(
             f"Expected a SAM-I2I at {path}, got a model of type {model_type!r}: `imedsam predict` takes those that "
             "segment, and imedsam.training.train_sam_i2i trains one that translates."
         )
     try:
-        SamI2IConfig.from_pretrained(path, revision=revision)
+        SamI2IConfig.from_pretrained(path, **finding)
     except (TypeError, StrictDataclassError) as error:
         raise ValueError(f"Expected a configuration of this version in {path}/config.json, got: {error}") from error
     with refuse_damaged(path):
         # Declared to return the model alone.
-        loaded: Any = SamI2IModel.from_pretrained(path, revision=revision, output_loading_info=True)
+        loaded: Any = SamI2IModel.from_pretrained(path, output_loading_info=True, **finding)
     model, found = loaded
     if missing := sorted(found["missing_keys"]):  # which transformers filled at random
         raise ValueError(
             f"Expected a whole model at {path}, got one without {', '.join(missing[:4])}: copy or download it again."
         )
-    processor = SamI2IImageProcessor.from_pretrained(path, revision=revision)
+    processor = SamI2IImageProcessor.from_pretrained(path, **finding)
     if processor.size_divisor % model.config.size_divisor:
         raise ValueError(
             f"Expected a processor whose size_divisor is a multiple of {model.config.size_divisor} at {path}, got "

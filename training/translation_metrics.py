@@ -9,6 +9,7 @@ this is that of Wang et al. (2004).
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -70,5 +71,5 @@ def _ssim(given: Tensor, true: Tensor) -> float:
 
     from monai.metrics.regression import SSIMMetric  # takes seconds to load
 
-    metric = SSIMMetric(spatial_dims=2, data_range=1.0, win_size=SSIM_WINDOW)
+    metric: Any = SSIMMetric(spatial_dims=2, data_range=1.0, win_size=SSIM_WINDOW)
     return metric(given[None, None], true[None, None]).item()
