@@ -62,8 +62,10 @@ class SamI2IConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
         self._refuse_contradictions()
-        if isinstance(self.backbone_config, BackboneConfigMixin) and len(self.backbone_config.out_features) == 1:
-            self.backbone_config.out_features = self.backbone_config.stage_names[-NUM_STAGES:]
+        backbone: Any = self.backbone_config
+        is_staged = isinstance(backbone, BackboneConfigMixin)
+        if is_staged and len(backbone.out_features) == 1:
+            backbone.out_features = backbone.stage_names[-NUM_STAGES:]
 
     @property
     def size_divisor(self) -> int:

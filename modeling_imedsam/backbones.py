@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, Sam2Model, SamModel
@@ -14,7 +15,7 @@ from transformers.models.sam2.modeling_sam2 import Sam2HieraDetModel
 from imedsam.configuration.configuration_sam_i2i import NUM_STAGES
 
 
-def make_backbone(config: PreTrainedConfig) -> nn.Module:
+def make_backbone(config: PreTrainedConfig) -> "HieraBackbone | PlainBackbone | StagedBackbone":
     """A new backbone, whose weights are random."""
     if isinstance(config, Sam2HieraDetConfig):
         return HieraBackbone(config)
@@ -31,13 +32,16 @@ def load_backbone(name_or_path: str, **loading: Any) -> tuple[PreTrainedConfig, 
         name_or_path: Hub name or folder of a `Sam2Model`, a `SamModel`, or a model that `AutoBackbone` takes.
         loading: what `from_pretrained` takes to find files.
     """
-    model_type = AutoConfig.from_pretrained(name_or_path, **loading).model_type
-    if model_type in ("sam2", "sam2_video"):
+    config = AutoConfig.from_pretrained(name_or_path, **loading)
+    if config.model_type in ("sam2", "sam2_video"):
         encoder = Sam2Model.from_pretrained(name_or_path, **loading).vision_encoder.backbone
-    elif model_type == "sam":
+    elif config.model_type == "sam":
         encoder = SamModel.from_pretrained(name_or_path, **loading).vision_encoder
     else:
-        encoder = AutoBackbone.from_pretrained(name_or_path, **loading)
+        with torch.device("meta"):
+            backbone_class = type(AutoBackbone.from_config(config))
+        # Not that of AutoBackbone, which asks the Hub first and takes no folder.
+        encoder = backbone_class.from_pretrained(name_or_path, **loading)
         return encoder.config, {f"model.{name}": weight for name, weight in encoder.state_dict().items()}
     return encoder.config, encoder.state_dict()
 
@@ -47,9 +51,9 @@ class HieraBackbone(Sam2HieraDetModel):
 
     @property
     def channels(self) -> list[int]:
-        return self.config.embed_dim_per_stage
+        return list(self.config.embed_dim_per_stage or ())
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> four stages, (B, H / 4, W / 4, C1) to (B, H / 32, W / 32, C4)."""
         return super().forward(pixel_values).intermediate_hidden_states
 
@@ -57,7 +61,7 @@ class HieraBackbone(Sam2HieraDetModel):
 class StagedBackbone(nn.Module):
     """A backbone of `AutoBackbone` that gives four stages."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
         if len(model.channels) != NUM_STAGES:
@@ -81,7 +85,7 @@ class PlainBackbone(SamVisionEncoder):
     def channels(self) -> list[int]:
         return [self.config.output_channels]
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> one stage, (B, H / 16, W / 16, C)."""
         tokens = self.patch_embed.projection(pixel_values)
         if self.pos_embed is not None:

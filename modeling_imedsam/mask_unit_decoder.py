@@ -18,11 +18,19 @@ class MaskUnitDecoder(nn.Module):
     Args:
         config: of the model.
         channels: of the stages, from fine to coarse.
+
+    Raises:
+        ValueError: channels that cannot be split among the heads.
     """
 
     def __init__(self, config: SamI2IConfig, channels: Sequence[int]):
         super().__init__()
         coarse_to_fine = list(channels)[::-1]
+        if any(width % heads for width, heads in zip(coarse_to_fine[1:], config.decoder_heads, strict=True)):
+            raise ValueError(
+                f"Expected decoder_heads that divide the channels {coarse_to_fine[1:]}, got "
+                f"{list(config.decoder_heads)}: choose others for this backbone."
+            )
         hiera = Sam2HieraDetConfig(
             embed_dim_per_stage=coarse_to_fine[1:],
             num_attention_heads_per_stage=list(config.decoder_heads),
@@ -31,7 +39,8 @@ class MaskUnitDecoder(nn.Module):
         )
         hiera._attn_implementation = config._attn_implementation
         self.blocks = nn.ModuleList(
-            FusionBlock(hiera, index, width) for index, width in enumerate(coarse_to_fine[:-1])
+            FusionBlock(hiera, index, coarse, fine)
+            for index, (coarse, fine) in enumerate(zip(coarse_to_fine[:-1], coarse_to_fine[1:], strict=True))
         )
         self.head = nn.Conv2d(channels[0], 1, 3, padding=1)
 
@@ -57,13 +66,12 @@ class FusionBlock(nn.Module):
     Args:
         config: of Hiera's blocks, one per stage.
         index: of the stage.
-        coarse: channels of the coarser stage.
+        coarse, fine: channels of the coarser stage, and of this one.
     """
 
-    def __init__(self, config: Sam2HieraDetConfig, index: int, coarse: int):
+    def __init__(self, config: Sam2HieraDetConfig, index: int, coarse: int, fine: int):
         super().__init__()
-        width = config.embed_dim_per_stage[index]
-        self.fuse = nn.Linear(coarse + width, width)
+        self.fuse = nn.Linear(coarse + fine, fine)
         # Not the first block of its stage, which would pool the queries of the one before.
         self.attention = Sam2MultiScaleBlock(config, stage_idx=index, block_idx=1, total_block_idx=index)
 

@@ -30,7 +30,7 @@ class SamI2IModel(PreTrainedModel):
     config_class = SamI2IConfig
     config: SamI2IConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 

@@ -16,6 +16,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from imedsam.configuration.configuration_sam_i2i import SamI2IConfig
 from imedsam.sam_checkpoints import read_config
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ def refuse_other_checkpoint(path: str, model_class: type[AdaptedSam], finding: d
             "again."
         )
     way_out = "imedsam.training.baselines.load_model takes any of imedsam's"
-    if model_type == "sam":
+    if model_type == SamI2IConfig.model_type:
+        way_out = "a SAM-I2I translates, with `imedsam translate` or SamI2IModel.from_pretrained"
+    elif model_type == "sam":
         way_out = f"start from a SAM with {name}.from_sam_pretrained"
     raise ValueError(
         f"Expected a checkpoint of type {expected!r} at {path}, got one of type {model_type!r}: {way_out}."

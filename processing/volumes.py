@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,19 @@ class Volume:
     slices: np.ndarray
     image: Nifti1Image
 
+    @property
+    def affine(self) -> np.ndarray:
+        """(4, 4), from voxels to millimetres, of the volume whose axes go to the right, to the front and up."""
+        nibabel = _import_nibabel()
+        turned = nibabel.orientations.io_orientation(self.image.affine)
+        return self.image.affine @ nibabel.orientations.inv_ornt_aff(turned, self.image.shape[:3])
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Distances of slices, rows and columns in millimetres."""
+        columns, rows, slices = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        return slices, rows, columns
+
 
 def is_nifti(path: Path) -> bool:
     return path.name.endswith(NIFTI)
@@ -34,24 +49,36 @@ def is_nifti(path: Path) -> bool:
 def read_nifti(path: Path) -> Volume:
     """
     Raises:
-        ValueError: a file that is no NIfTI volume of three axes.
+        ValueError: a file that is no NIfTI volume of three axes and of grey values.
         ImportError: nibabel is missing.
     """
     nibabel = _import_nibabel()
+    from nibabel.spatialimages import HeaderDataError
+
     try:
         image = nibabel.load(path)
         values = np.asanyarray(image.dataobj)
-    except (nibabel.filebasedimages.ImageFileError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"Expected a whole NIfTI file, got {path}, which cannot be read: {error}") from error
+        if path.suffix == ".gz":
+            _check_sum(path)
+    except FileNotFoundError:
+        raise ValueError(f"Expected a NIfTI file at {path}, got no such file.") from None
+    except (nibabel.filebasedimages.ImageFileError, HeaderDataError, zlib.error, EOFError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Expected a whole NIfTI file, got {path}, which cannot be read: {reason}") from error
     if values.ndim == 4 and values.shape[3] == 1:
         values = values[..., 0]
     if values.ndim != 3:
         raise ValueError(f"Expected a volume of three axes in {path}, got shape {values.shape}: split it first.")
-    # Right to left, back to front, feet to head.
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"Expected a volume of grey values in {path}, got {values.dtype}: convert it first.")
+    # Left to right, back to front, feet to head.
     canonical = nibabel.orientations.apply_orientation(values, nibabel.orientations.io_orientation(image.affine))
     return Volume(canonical.transpose(2, 1, 0)[:, ::-1, ::-1], image)
+
+
+def on_one_grid(one: Volume, other: Volume) -> bool:
+    """Whether voxels of the same indices have the same place, however the two are stored, to a thousandth."""
+    return one.slices.shape == other.slices.shape and np.allclose(one.affine, other.affine, rtol=1e-3, atol=1e-3)
 
 
 def write_nifti(path: Path, slices: np.ndarray, like: Volume) -> None:
@@ -64,10 +91,18 @@ def write_nifti(path: Path, slices: np.ndarray, like: Volume) -> None:
     header = like.image.header.copy()
     header.set_data_dtype(np.float32)
     header.set_slope_inter(1, 0)
-    image = nibabel.Nifti1Image(nibabel.orientations.apply_orientation(canonical, back), like.image.affine, header)
+    header["cal_min"] = header["cal_max"] = 0  # what viewers show is of the values that were read
+    image = type(like.image)(nibabel.orientations.apply_orientation(canonical, back), like.image.affine, header)
     temporary = path.with_name(f".{path.name}")
     nibabel.save(image, temporary)
     temporary.replace(path)
+
+
+def _check_sum(path: Path) -> None:
+    """Of what is compressed; nibabel reads no further than the last voxel, and so not as far as the sum."""
+    with gzip.open(path) as file:
+        while file.read(2**24):
+            pass
 
 
 def _import_nibabel():

@@ -81,8 +81,6 @@ def predict(
     revision: Revision = None,
 ) -> None:
     """Segment what is in the boxes, or under the click: mask, overlay and uncertainty as PNG, and report.json."""
-    import torch
-
     from imedsam.training.baselines import load_pipeline
     from imedsam.training.predict import find_images, predict_files, read_boxes
 
@@ -94,11 +92,7 @@ def predict(
         raise typer.BadParameter(
             f"Expected --spacing to be positive and together with --contours, got {spacing} and contours {contours}."
         )
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        message = f"Expected a device that is there, got {device}: use --device cpu. {error}"
-        raise typer.BadParameter(message) from error
+    check_device(device)
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"Expected a folder for the results, got the file {output}: name another one.")
     if output.is_dir() and output.resolve() == image.resolve():
@@ -137,7 +131,7 @@ def explain_errors() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
 
 
@@ -151,6 +145,16 @@ def check_model_name(flag: str, model: str, revision: str | None = None) -> None
         )
 
 
+def check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        message = f"Expected a device that is there, got {device}: use --device cpu. {error}"
+        raise typer.BadParameter(message) from error
+
+
 def check_hub_name(flag: str, name: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -162,6 +166,52 @@ def check_hub_name(flag: str, name: str) -> None:
         good = False
     if not good:
         raise typer.BadParameter(f"Expected {flag} as user/name, of letters, digits, - _ and ., got {name!r}.")
+
+
+@app.command()
+def translate(
+    model: Annotated[str, typer.Option(help="Folder or Hub name of a trained SAM-I2I.")],
+    image: Annotated[
+        Path,
+        typer.Option(
+            help='A slice, a folder of slices (PATIENT_SLICE.png: one name before the last "_" is one volume), or a '
+            "NIfTI volume."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the results.")],
+    target: Annotated[
+        Path | None, typer.Option(help="The true contrast, a file or a folder like the image, to compare with.")
+    ] = None,
+    intensity_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Low and high of what is written to a volume; 0 and 1 by default."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Slices at once.", min=1)] = 8,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")] = "cpu",
+    revision: Revision = None,
+) -> None:
+    """Translate MR slices or a volume to another contrast: PNG or NIfTI, pictures, and report.json."""
+    from imedsam.training.translate import translate_to_folder
+
+    check_device(device)
+    if intensity_range is not None and not intensity_range[0] < intensity_range[1]:
+        raise typer.BadParameter(f"Expected --intensity-range as low and high, low < high, got {intensity_range}.")
+    check_model_name("--model", model, revision)
+    with explain_errors():
+        report = translate_to_folder(
+            model,
+            image,
+            output,
+            target=target,
+            intensity_range=intensity_range,
+            batch_size=batch_size,
+            device=device,
+            revision=revision,
+        )
+    for name, mean in report.get("mean", {}).items():
+        interval = f" [{mean['low']:.4g}, {mean['high']:.4g}]" if report["num_patients"] > 1 else ""
+        typer.echo(f"{name}: {mean['mean']:.4g}{interval}, slices: {mean['count']}")
+    typer.echo(f"Slices, pictures and report.json are in {output}.")
 
 
 @app.command()

@@ -1,9 +1,10 @@
 """Pictures of images, masks and uncertainties, for people to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 
 MASK_COLOURS = ((255, 196, 0), (0, 200, 255), (255, 64, 160), (120, 230, 80))
@@ -104,4 +105,39 @@ def save_sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], pat
             axis.imshow(picture, cmap="gray" if picture.mode == "L" else None, vmin=0, vmax=255)
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def save_translations(path: Path, rows: Mapping[str, Sequence[ArrayLike]], aspect: float = 1.0) -> None:
+    """
+    A sheet of translated slices: source, output and, if that is known, the target, and how far the output is from it.
+
+    Args:
+        path: a PNG file.
+        rows: two or three slices (H, W) in [0, 1] by the name of the slice.
+        aspect: of a pixel's height to its width.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    slices = [[np.asarray(image) for image in row] for row in rows.values()]
+    errors = [np.abs(row[1] - row[2]) for row in slices if len(row) == 3]
+    titles = ("source", "output", "target")[: len(slices[0])]
+    figure = Figure(figsize=(2.6 * (len(titles) + bool(errors)) + 0.6, 2.6 * len(rows) + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), len(titles) + bool(errors), squeeze=False)
+    for of_row, images, name in zip(axes, slices, rows, strict=True):
+        for axis, image in zip(of_row, images, strict=False):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1, aspect=aspect)
+        of_row[0].set_ylabel(name, fontsize=8)
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(title)
+    if errors:
+        largest = max(float(error.max()) for error in errors) or 1.0
+        for of_row, error in zip(axes, errors, strict=True):
+            shown = of_row[-1].imshow(error, cmap="inferno", vmin=0, vmax=largest, aspect=aspect)
+        axes[0, -1].set_title("error")
+        figure.colorbar(shown, ax=axes[:, -1], label="absolute difference")
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
