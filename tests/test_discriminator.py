@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 from torch.testing import assert_close
-from transformers import CLIPVisionModelWithProjection
-from translation_folders import CLIP
+from transformers import CLIPModel, CLIPVisionModelWithProjection
+from translation_folders import CLIP, save_clip
 
 from imedsam.training import discriminator
 from imedsam.training.discriminator import (
@@ -43,6 +43,13 @@ def test_features_are_those_of_clip_at_a_third_and_two_thirds_of_its_depth(featu
     assert_close(second, seen.hidden_states[2][:, 1:].transpose(1, 2).reshape(2, 32, 2, 2))
     assert_close(embeddings, seen.image_embeds)
     assert not torch.allclose(first, second)
+
+
+def test_the_image_encoder_of_a_whole_clip_is_taken(tmp_path):
+    features = ClipFeatures.from_pretrained(save_clip(tmp_path))
+    whole = CLIPModel.from_pretrained(tmp_path)
+    assert_close(features.clip.vision_model.state_dict(), whole.vision_model.state_dict())
+    assert_close(features.clip.visual_projection.weight, whole.visual_projection.weight)
 
 
 def test_of_the_papers_clip_they_are_the_hidden_states_4_and_8():

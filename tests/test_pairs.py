@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from translation_folders import write_pictures
+from translation_folders import write_pictures, write_volumes
 
 from imedsam.processing.image_processing_sam_i2i import SamI2IImageProcessor
 from imedsam.training import pairs as pairs_module
@@ -71,14 +71,6 @@ def test_a_sampler_takes_a_data_set_without_epochs(tmp_path):
 
 
 # Volumes
-
-
-def write_volumes(folder, slices, name="p1_scan.nii.gz", factor=2.0):
-    """Slices (S, H, W) as radiologists see them, for both contrasts; the target is the source times a factor."""
-    for contrast, scale in (("source", 1), ("target", factor)):
-        (folder / contrast).mkdir(parents=True, exist_ok=True)
-        canonical = (slices * scale)[:, ::-1, ::-1].transpose(2, 1, 0)
-        nibabel.save(nibabel.Nifti1Image(canonical.astype(np.int16), np.eye(4)), folder / contrast / name)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from test_training import Interrupted, assert_equal_files, environment
 from torch.testing import assert_close
 from transformers import CLIPVisionModelWithProjection
-from translation_folders import HIERA, save_clip, save_sam2, write_pictures
+from translation_folders import HIERA, draw_slice, save_clip, save_sam2, write_pictures, write_volumes
 
 from imedsam.configuration.configuration_sam_i2i import SamI2IConfig
 from imedsam.modeling_sam_i2i import SamI2IModel
@@ -160,11 +161,18 @@ def test_one_pair_is_overfitted(places, tmp_path):
     assert len(losses) == 40 and max(losses[-5:]) < 0.5 * losses[0]
 
 
-def test_without_validation_the_last_weights_are_kept(run):
-    output = run("--max_train_steps", 2, "--checkpointing_steps", 1, "--validation_patients", "--do_test")
+def test_volumes_without_validation_keep_the_last_weights(run, tmp_path):
+    for patient, depth in (("a", 2), ("b", 1)):
+        slices = np.stack([draw_slice(index) for index in range(depth)])
+        slices = np.concatenate([slices, np.zeros_like(slices[:1])])  # one without tissue
+        write_volumes(tmp_path, slices, f"{patient}.nii.gz")
+    flags = f"--source {tmp_path}/source --target {tmp_path}/target --max_train_steps 2 --checkpointing_steps 1"
+    output = run(*flags.split(), "--validation_patients", "--test_patients", "b", "--do_test")
     assert_equal_files(output / "model.safetensors", output / "step_2" / "model.safetensors")
     report = read(output)
-    assert not (output / "best").exists() and "validation" not in report and len(report["test_slices"]) == 2
+    assert not (output / "best").exists() and "validation" not in report
+    assert report["num_slices"] == {"train": 2, "validation": 0, "test": 1}
+    assert report["test_slices"][0]["name"] == "b_000" and len(list((output / "volumes").glob("*.npy"))) == 4
 
 
 def test_no_gan_never_loads_clip(run, monkeypatch):

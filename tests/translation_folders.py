@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Sam2Config, Sam2Model, Sam2VisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, Sam2Config, Sam2Model, Sam2VisionConfig
 from transformers.models.sam2.configuration_sam2 import Sam2HieraDetConfig
 
 CLIP = CLIPVisionConfig(
@@ -27,8 +28,16 @@ HIERA = {
 
 
 def save_clip(folder: Path) -> Path:
+    """A whole CLIP, with its text encoder, as OpenAI's are."""
+    text = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 9,
+    }
     torch.manual_seed(0)
-    CLIPVisionModelWithProjection(CLIP).save_pretrained(folder)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=CLIP.to_dict(), projection_dim=16)).save_pretrained(folder)
     return folder
 
 
@@ -62,4 +71,13 @@ def write_pictures(folder: Path, patients: dict[str, int], side: int = 32) -> Pa
             Image.fromarray(np.where(grey > 20, 255 - grey, 0).astype(np.uint8)).save(
                 folder / "target" / f"{patient}_{index}.png"
             )
+    return folder
+
+
+def write_volumes(folder: Path, slices: np.ndarray, name: str = "p1_scan.nii.gz", factor: float = 2.0) -> Path:
+    """Slices (S, H, W) as radiologists see them, for both contrasts; the target is the source times a factor."""
+    for contrast, scale in (("source", 1), ("target", factor)):
+        (folder / contrast).mkdir(parents=True, exist_ok=True)
+        canonical = (slices * scale)[:, ::-1, ::-1].transpose(2, 1, 0)
+        nibabel.save(nibabel.Nifti1Image(canonical.astype(np.int16), np.eye(4)), folder / contrast / name)
     return folder

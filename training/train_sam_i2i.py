@@ -87,21 +87,21 @@ class Adversary:
 def main(argv: list[str] | None = None) -> None:
     """Trains, evaluates and writes the model to `--output_dir`. The flags are the command line's unless given."""
     args = parse_args(argv, __doc__)
+    distribution = DistributedDataParallelKwargs()
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to if args.with_tracking else None,
         project_dir=args.output_dir,
         step_scheduler_with_optimizer=False,
-        # The last layers of some backbones have no part in their stages.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=bool(args.config.get("train_backbone")))
-        ],
+        kwargs_handlers=[distribution],
     )
     if not accelerator.is_main_process:
         transformers.utils.logging.set_verbosity_error()
     set_seed(args.seed)
     model, processor = get_model_and_processor(args)
+    # The last layers of some backbones have no part in their stages.
+    distribution.find_unused_parameters = getattr(model.config, "train_backbone", False)
     with accelerator.main_process_first():
         pairs = get_pairs(args, processor, progress=accelerator.is_main_process)
     train_loader = accelerator.prepare(get_dataloaders(args, pairs["train"], processor))
