@@ -228,6 +228,24 @@ def test_the_adversary_changes_what_the_generator_learns(get_gradients):
     assert_close(both, alone + 3 * adversarial)
 
 
+def test_the_heads_learn_which_slices_are_real(places):
+    args = parse_args(arguments(places, "out", ["--max_train_steps", 10, "--discriminator_learning_rate", 1e-2]))
+    accelerator = Accelerator(cpu=True)
+    set_seed(0)
+    generator = Player(SamI2IModel.from_backbone_pretrained(args.model_name_or_path).train(), None, None)
+    adversary = get_adversary(accelerator, args)
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.rand(2, 1, 32, 32).round()}
+    losses = []
+    for _ in range(10):
+        losses.append(backward(accelerator, generator, adversary, batch, args))
+        adversary.heads.step(accelerator, None)
+    heads, features = adversary.heads.model.eval(), adversary.features
+    with torch.no_grad():
+        real, fake = heads(features(batch["labels"])), heads(features(generator.model(batch["pixel_values"])[0]))
+    assert all(a.mean() > b.mean() for a, b in zip(real, fake, strict=True))
+    assert losses[-1]["discriminator"] < losses[0]["discriminator"] and losses[-1]["gan"] > losses[0]["gan"]
+
+
 def test_mixed_precision(get_gradients):
     (plain, *_), (mixed, gradient, _) = get_gradients(), get_gradients("--mixed_precision", "bf16")
     for name in ("l1", "gan", "discriminator"):
