@@ -32,7 +32,6 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         required=True,
         help='"phantoms" or "phantoms:KIND", a folder with images/ and masks/, or a `datasets` name.',
     )
-    add("--output_dir", required=True)
     add("--labels", help='JSON file {"0": "background", "1": ...} for label maps that come without one.')
     add(
         "--num_train_images",
@@ -50,14 +49,6 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="Intensities of the images that become 0 and 1, for those that are not of 8 or 16 bits without sign.",
-    )
-    add(
-        "--config",
-        nargs="*",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="Values of the model's configuration, such as IMedSamConfig, as JSON.",
     )
     add(
         "--prompt",
@@ -106,8 +97,6 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     )
     add("--augmentation", choices=STRENGTHS, default="strong")
     add("--copy_paste", type=share, default=0.0, help="Share of the images that get another image's objects too.")
-    add("--per_device_train_batch_size", type=positive_int, default=4)
-    add("--per_device_eval_batch_size", type=positive_int, default=4)
     add(
         "--learning_rate",
         type=not_negative,
@@ -126,13 +115,6 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         default=1e-4,
         help="Of image encoder and mask decoder, if trained.",
     )
-    add("--weight_decay", type=not_negative, default=0.01)
-    add("--num_train_epochs", type=positive_int, default=100)
-    add("--max_train_steps", type=positive_int, help="Takes precedence over the epochs.")
-    add("--gradient_accumulation_steps", type=positive_int, default=1)
-    add("--lr_scheduler_type", type=SchedulerType, choices=list(SchedulerType), default=SchedulerType.COSINE)
-    add("--num_warmup_steps", type=non_negative_int, default=0)
-    add("--max_grad_norm", type=positive, default=1.0)
     add(
         "--ema_decay",
         type=less_than_one,
@@ -145,16 +127,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         default=5,
         help="Epochs in which the coarse loss's weight falls to 0.1.",
     )
-    add("--mixed_precision", choices=("no", "fp16", "bf16"))
-    add("--seed", type=non_negative_int, default=0)
-    add("--dataloader_num_workers", type=non_negative_int, default=0)
-    add("--eval_every", type=positive_int, default=1, help="Epochs between validations.")
     add("--evaluation_size", type=positive_int, default=256, help="Side of the masks compared while training.")
-    add("--do_test", action="store_true", help="Score the test split, once, at the end.")
-    add("--checkpointing_steps", type=_int_or_epoch, default="epoch", help='Number of steps, or "epoch".')
-    add("--resume_from_checkpoint", help='A folder step_N, or "latest" for the newest in --output_dir, if any.')
-    add("--with_tracking", action="store_true")
-    add("--report_to", default="all", help="Tracker, such as tensorboard.")
+    add_shared_flags(parser)
     args = parser.parse_args(argv)
     try:
         args.config = dict(parse_config(item) for item in args.config)
@@ -185,6 +159,38 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         )
     args.lr_scheduler_type = args.lr_scheduler_type.value
     return args
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """What every training script takes; `parser.set_defaults` gives one its own defaults."""
+    add = parser.add_argument
+    add("--output_dir", required=True)
+    add(
+        "--config",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Values of the model's configuration, as JSON.",
+    )
+    add("--per_device_train_batch_size", type=positive_int, default=4)
+    add("--per_device_eval_batch_size", type=positive_int, default=4)
+    add("--weight_decay", type=not_negative, default=0.01)
+    add("--num_train_epochs", type=positive_int, default=100)
+    add("--max_train_steps", type=positive_int, help="Takes precedence over the epochs.")
+    add("--gradient_accumulation_steps", type=positive_int, default=1)
+    add("--lr_scheduler_type", type=SchedulerType, choices=list(SchedulerType), default=SchedulerType.COSINE)
+    add("--num_warmup_steps", type=non_negative_int, default=0)
+    add("--max_grad_norm", type=positive, default=1.0)
+    add("--mixed_precision", choices=("no", "fp16", "bf16"))
+    add("--seed", type=non_negative_int, default=0)
+    add("--dataloader_num_workers", type=non_negative_int, default=0)
+    add("--eval_every", type=positive_int, default=1, help="Epochs between validations.")
+    add("--do_test", action="store_true", help="Score the test split, once, at the end.")
+    add("--checkpointing_steps", type=_int_or_epoch, default="epoch", help='Number of steps, or "epoch".')
+    add("--resume_from_checkpoint", help='A folder step_N, or "latest" for the newest in --output_dir, if any.')
+    add("--with_tracking", action="store_true")
+    add("--report_to", default="all", help="Tracker, such as tensorboard.")
 
 
 def parse_config(item: str) -> tuple[str, object]:

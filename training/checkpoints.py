@@ -25,7 +25,10 @@ FREE_ARGUMENTS = {
     "report_to",
     "do_test",
     "per_device_eval_batch_size",
+    "cache_dir",
 }
+# Arguments that say what a checkpoint holds.
+FIXED_ARGUMENTS = {"ema_decay": "average its weights", "no_gan": "do without an adversary"}
 
 
 @dataclass
@@ -38,7 +41,8 @@ class TrainerState:
         batch: batches of it that are done, per process.
         global_step: optimisation steps done.
         loss_sum: over the done batches of the epoch.
-        best_score: mean validation Dice of the best epoch.
+        sums: of the loss's parts, over the same.
+        best_score: mean on validation of the best epoch, Dice or PSNR.
         history: a row per finished epoch.
         seconds: of training so far.
     """
@@ -47,6 +51,7 @@ class TrainerState:
     batch: int = 0
     global_step: int = 0
     loss_sum: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
     best_score: float = -1.0
     best_epoch: int = -1
     history: list[dict] = field(default_factory=list)
@@ -104,11 +109,12 @@ def resume(accelerator: Accelerator, args: Namespace) -> TrainerState:
     saved = json.loads((folder / STATE_FILE).read_text())
     before, now = saved.pop("arguments"), json.loads(json.dumps(_arguments(accelerator, args)))
     changed = sorted(k for k in now if k not in FREE_ARGUMENTS and now[k] != before.get(k))
-    if bool(before.get("ema_decay")) != bool(now["ema_decay"]):
-        raise ValueError(
-            f"Expected --ema_decay {before.get('ema_decay', 0.0)} as in {folder}, got {now['ema_decay']}: a run "
-            "cannot begin to average its weights, or stop it, on the way."
-        )
+    for name, what in FIXED_ARGUMENTS.items():
+        if bool(before.get(name)) != bool(now.get(name)):
+            raise ValueError(
+                f"Expected --{name} {before.get(name, 0.0)} as in {folder}, got {now.get(name)}: a run cannot begin "
+                f"to {what}, or stop it, on the way."
+            )
     if changed:
         changes = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
         logger.warning(f"Resuming {folder} with other arguments, so not the run that it was: {changes}.")
@@ -132,6 +138,19 @@ def take_best(source: Path, target: Path) -> None:
         temporary = new_temporary_folder(target)
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         replace_folder(temporary, target)
+
+
+def find_best(accelerator: Accelerator, output_dir: Path, state: TrainerState) -> Path:
+    """The folder of the best model, at the end of a run."""
+    best = output_dir / "best"
+    with accelerator.main_process_first():
+        recover_folder(best)
+    if not best.is_dir():
+        raise FileNotFoundError(
+            f"Expected the best model in {best}, got none (best epoch {state.best_epoch}): put it back, or train anew "
+            "without --resume_from_checkpoint."
+        )
+    return best
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:

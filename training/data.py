@@ -140,22 +140,26 @@ class PromptedSegmentationDataset(Dataset):
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of the data set that depends on (seed, epoch) alone; tells the data set its epoch too."""
+    """
+    A permutation of the data set that depends on (seed, epoch) alone; a data set that has `set_epoch` is told its
+    epoch too.
+    """
 
-    def __init__(self, dataset: PromptedSegmentationDataset, seed: int):
+    def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset
         self.seed = seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        self.dataset.set_epoch(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
     def __iter__(self):
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(len(self.dataset)).tolist())
+        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(len(self)).tolist())
 
 
 def collate_prompts(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

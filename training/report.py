@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -14,19 +14,25 @@ from pathlib import Path
 from imedsam.training.model_card import model_card
 
 LIBRARIES = ("imedsam", "torch", "transformers", "peft", "accelerate", "monai", "numpy")
+AXES = {"dice": "Dice", "psnr": "PSNR (dB)"}
 
 
-def write_report(folder: Path, report: dict) -> None:
+def write_report(
+    folder: Path, report: dict, make_card: Callable[[dict], str] | None = model_card, score: str = "dice"
+) -> None:
     """
-    Writes the three files into the folder of the trained model; metrics.json is the last, and so the sign of a
+    Writes the files into the folder of the trained model; metrics.json is the last, and so the sign of a
     finished run.
 
     Args:
         report: what goes to metrics.json: `arguments`, `history`, `validation`, `floors`, ...; versions and the date
             are added.
+        make_card: what README.md is made by; without one there is none.
+        score: of validation, to plot.
     """
-    plot_curves(report["history"], folder / "curves.png")
-    (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    plot_curves(report["history"], folder / "curves.png", score)
+    if make_card is not None:
+        (folder / "README.md").write_text(make_card(report), encoding="utf-8")
     write_json(folder / "metrics.json", {**report, **provenance()})
 
 
@@ -48,8 +54,8 @@ def provenance() -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a file that is either the old or the new one, whenever the process is stopped; nan becomes null."""
-    write_atomically(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+    """Writes a file that is either the old or the new one, whenever the process is stopped; nan and inf are null."""
+    write_atomically(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -80,8 +86,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         folder.replace(path)
 
 
-def plot_curves(history: list[dict], path: Path) -> None:
-    """The training loss and the validation Dice over the epochs."""
+def plot_curves(history: list[dict], path: Path, score: str = "dice") -> None:
+    """The training loss and a validation score over the epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -91,14 +97,14 @@ def plot_curves(history: list[dict], path: Path) -> None:
     left.plot([row["epoch"] + 1 for row in history], [row["loss"] for row in history])
     left.set(xlabel="epoch", ylabel="training loss")
     scored = [row for row in history if "validation" in row]
-    right.plot([row["epoch"] + 1 for row in scored], [row["validation"]["dice"] for row in scored], marker=".")
-    right.set(xlabel="epoch", ylabel="validation Dice")
+    right.plot([row["epoch"] + 1 for row in scored], [row["validation"][score] for row in scored], marker=".")
+    right.set(xlabel="epoch", ylabel=f"validation {AXES[score]}")
     figure.savefig(path, dpi=120)
 
 
-def _without_nan(content):
+def _finite(content):
     if isinstance(content, Mapping):
-        return {key: _without_nan(value) for key, value in content.items()}
+        return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

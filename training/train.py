@@ -10,20 +10,14 @@ resumed ends with the same weights as one that was not.
 """
 
 import argparse
-import math
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState, skip_first_batches
-from accelerate.utils import broadcast, gather_object, set_seed
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
@@ -35,10 +29,21 @@ from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.training.arguments import parse_args
 from imedsam.training.averaging import WeightAverage
 from imedsam.training.baselines import METHODS, find_model_class, load_model
-from imedsam.training.checkpoints import TrainerState, recover_folder, resume, save_checkpoint, save_model
+from imedsam.training.checkpoints import TrainerState, find_best, resume, save_checkpoint, save_model
 from imedsam.training.data import EpochSampler, PromptedSegmentationDataset, collate_prompts
 from imedsam.training.evaluation import class_means, evaluate_masks, floor_metrics
 from imedsam.training.examples import Examples, load_examples, read_labels, without_empty_masks
+from imedsam.training.loop import (
+    batch_statistics,
+    check_finite,
+    count_epochs_and_steps,
+    flatten,
+    refusals_in_a_line,
+    remaining_batches,
+    seed_step,
+    share_batch_statistics,
+    show_progress,
+)
 from imedsam.training.machine import describe_machine
 from imedsam.training.metrics import MetricTable
 from imedsam.training.model_card import is_hub_name
@@ -73,11 +78,8 @@ LAST_COARSE_WEIGHT = 0.1
 def command(argv: list[str] | None = None) -> None:
     """`main` for a command line, which says in a line what is refused, as argparse does of wrong flags."""
     args = parse_args(argv, __doc__)
-    try:
+    with refusals_in_a_line():
         parts = prepare(args)
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
     run(args, *parts)
 
 
@@ -166,8 +168,7 @@ def train(accelerator, model, processor, train_loader, validation, optimizer, sc
         last = state.epoch + 1 >= args.num_train_epochs or state.global_step >= args.max_train_steps
         if last or (state.epoch + 1) % args.eval_every == 0:
             options = {"output_size": args.evaluation_size, "mode": None, "metrics": ("overlap",)}
-            for statistic in batch_statistics(model):
-                statistic.copy_(broadcast(statistic))  # the first process's are saved
+            share_batch_statistics(model)
             with average.applied() if average else nullcontext():
                 table = evaluate(accelerator, model, processor, validation, args, **options)
                 row["validation"] = table.mean()
@@ -191,9 +192,7 @@ def train_epoch(accelerator, model, train_loader, optimizer, scheduler, average,
     model.train()
     if state.global_step >= args.max_train_steps:
         return
-    train_loader.set_epoch(state.epoch)
-    loader = skip_first_batches(train_loader, state.batch) if state.batch else train_loader
-    loader.set_epoch(state.epoch)  # older releases of Accelerate begin again with 0 after skipping
+    loader = remaining_batches(train_loader, state)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options = {
         "spectral_loss_weight": args.spectral_weight,
@@ -218,10 +217,7 @@ def train_epoch(accelerator, model, train_loader, optimizer, scheduler, average,
                     average.update()
             optimizer.zero_grad()
         loss = accelerator.reduce(loss.detach(), "mean").item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"Expected a finite loss, got {loss} at step {state.global_step}: lower the rates."
-            )
+        check_finite(loss, state)
         state.seconds, started_at = state.seconds + time.perf_counter() - started_at, time.perf_counter()
         state.batch += 1
         state.loss_sum += loss
@@ -259,14 +255,7 @@ def evaluate(accelerator, model, processor, examples: Examples, args, **options)
 def finish(accelerator, processor, examples: dict[str, Examples], args, state: TrainerState) -> None:
     """Makes the output folder the best model's, with its metrics at the images' own size."""
     output_dir = Path(args.output_dir)
-    with accelerator.main_process_first():
-        recover_folder(output_dir / "best")
-    if not (output_dir / "best").is_dir():
-        raise FileNotFoundError(
-            f"Expected the best model in {output_dir / 'best'}, got none (best epoch {state.best_epoch}): put it "
-            "back, or train anew without --resume_from_checkpoint."
-        )
-    model = load_model(output_dir / "best").to(accelerator.device)
+    model = load_model(find_best(accelerator, output_dir, state)).to(accelerator.device)
     report = {
         "arguments": vars(args),
         "on_hub": [name for name in (args.model_name_or_path, args.dataset_name) if is_hub_name(name)],
@@ -437,40 +426,6 @@ def get_frequency_ratio(accelerator, model, processor, examples: Examples) -> li
         return []
     inputs = processor.image_processor(examples[0]["image"]).to(model.device)
     return model.frequency_ratio(inputs["pixel_values"], inputs["reshaped_input_sizes"]).tolist()
-
-
-def batch_statistics(model: nn.Module) -> list[Tensor]:
-    """The running means and variances of batch norms that are trained."""
-    norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    trained = [norm for norm in norms if norm.weight.requires_grad]
-    return [statistic for norm in trained for statistic in (norm.running_mean, norm.running_var)]
-
-
-def seed_step(seed: int, epoch: int, batch: int, process_index: int) -> None:
-    """Makes dropout a function of the position in the run, so that a checkpoint needs no generator's state."""
-    key = np.random.SeedSequence([seed, epoch, batch, process_index]).generate_state(1, np.uint64)
-    torch.manual_seed(int(key[0]))
-
-
-def count_epochs_and_steps(args: argparse.Namespace, batches_per_epoch: int) -> tuple[int, int]:
-    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
-    if args.max_train_steps is None:
-        return args.num_train_epochs, args.num_train_epochs * steps_per_epoch
-    return math.ceil(args.max_train_steps / steps_per_epoch), args.max_train_steps
-
-
-def show_progress(bar: tqdm, loss: float, state: TrainerState) -> None:
-    best = {"best_dice": f"{state.best_score:.4f}"} if state.best_epoch >= 0 else {}
-    bar.set_postfix(loss=f"{loss:.4f}", **best)
-
-
-def flatten(values: dict) -> dict[str, float]:
-    """{"a": {"b": 1}, "c": [2]} -> {"a/b": 1, "c/0": 2}."""
-    flat = {}
-    for key, value in values.items():
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        flat.update({f"{key}/{inner}": number for inner, number in items})
-    return flat
 
 
 if __name__ == "__main__":
