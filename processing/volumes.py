@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Image
 
 NIFTI = (".nii", ".nii.gz")
+# Of a volume's range, what lies above is tissue; a slice counts if more than this share of it is tissue.
+BACKGROUND, TISSUE_SHARE = 0.1, 0.05
 
 
 @dataclass
@@ -44,6 +46,24 @@ class Volume:
 
 def is_nifti(path: Path) -> bool:
     return path.name.endswith(NIFTI)
+
+
+def get_stem(name: str) -> str:
+    """A file's name without its ending: "scan.nii.gz" -> "scan"."""
+    suffix = next((end for end in NIFTI if name.endswith(end)), Path(name).suffix)
+    return name.removesuffix(suffix)
+
+
+def get_patient(name: str) -> str:
+    """The part of a file's name before the last `_`, or all of it without one: "patient-7_041.png" -> "patient-7"."""
+    stem = get_stem(name)
+    return stem.rpartition("_")[0] or stem
+
+
+def get_tissue_shares(slices: np.ndarray, intensity_range: tuple[float, float]) -> np.ndarray:
+    """Of slices (S, H, W) of one volume with that range: the share of each that is no background, (S,)."""
+    low, high = intensity_range
+    return (slices > low + BACKGROUND * (high - low)).mean(axis=(1, 2))
 
 
 def read_nifti(path: Path) -> Volume:

@@ -12,23 +12,15 @@ from transformers import (
     AutoModelForImageToImage,
     ResNetConfig,
     ResNetForImageClassification,
-    Sam2Config,
     Sam2HieraDetConfig,
     Sam2Model,
-    Sam2VisionConfig,
 )
 from transformers.models.sam.modeling_sam import SamVisionEncoder
+from translation_folders import HIERA, save_sam2
 
 from imedsam import SamI2IConfig, SamI2IModel
 from imedsam.backbones import PlainBackbone, make_backbone
 
-HIERA = {
-    "hidden_size": 8,
-    "embed_dim_per_stage": [8, 16, 32, 64],
-    "blocks_per_stage": [1, 1, 2, 1],
-    "num_attention_heads_per_stage": [1, 1, 1, 1],
-    "global_attention_blocks": [3],
-}
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "layer_type": "basic"}
 
 
@@ -46,13 +38,7 @@ def make(randomised):
 
 @pytest.fixture(scope="module")
 def sam2_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sam2")
-    vision = Sam2VisionConfig(
-        backbone_config=Sam2HieraDetConfig(**HIERA), backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=32
-    )
-    torch.manual_seed(1)
-    Sam2Model(Sam2Config(vision_config=vision)).save_pretrained(folder)
-    return folder
+    return save_sam2(tmp_path_factory.mktemp("sam2"))
 
 
 def pixels(height=32, width=40, batch=2):

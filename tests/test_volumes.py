@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff
 
-from imedsam.processing.volumes import is_nifti, on_one_grid, read_nifti, write_nifti
+from imedsam.processing.volumes import (
+    get_patient,
+    get_stem,
+    get_tissue_shares,
+    is_nifti,
+    on_one_grid,
+    read_nifti,
+    write_nifti,
+)
 
 SHAPE = (5, 6, 7)
 ORIENTATIONS = ("RAS", "LPS", "LAS", "PSR", "AIL", "SRP", "IPL")
@@ -161,3 +169,23 @@ def test_without_nibabel(tmp_path, monkeypatch):
         ImportError, match=r'Expected nibabel for NIfTI files, got none: pip install "imedsam\[medical\]"'
     ):
         read_nifti(path)
+
+
+def test_patients_of_names():
+    names = {
+        "a_12.png": "a",
+        "a.png": "a",
+        "_1.png": "_1",
+        "x_y_3.tif": "x_y",
+        "s_t1.nii.gz": "s",
+        "IXI002-Guys.nii": "IXI002-Guys",
+    }
+    assert {name: get_patient(name) for name in names} == names
+    assert [get_stem(name) for name in ("a.b_1.nii.gz", "a.nii", "a.b.png")] == ["a.b_1", "a", "a.b"]
+
+
+def test_tissue_is_what_is_above_a_tenth_of_the_range():
+    slices = np.zeros((2, 10, 10))
+    slices[0, :2, :5], slices[1, 0, :2] = -80, -79.99  # of -100 to 100
+    slices[slices == 0] = -100
+    assert get_tissue_shares(slices, (-100, 100)).tolist() == [0.0, 0.02]

@@ -21,12 +21,20 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from imedsam.processing.image_processing_sam_i2i import SamI2IImageProcessor
-from imedsam.processing.volumes import NIFTI, is_nifti, read_nifti
+from imedsam.processing.volumes import (
+    BACKGROUND,
+    NIFTI,
+    TISSUE_SHARE,
+    get_patient,
+    get_stem,
+    get_tissue_shares,
+    is_nifti,
+    read_nifti,
+)
+from imedsam.training.predict import read_image
 from imedsam.training.report import write_json
 
 PICTURES = (".png", ".tif", ".tiff")
-# Of a volume's range: what lies below is background.
-BACKGROUND = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class SliceFile:
 
     def read(self) -> Image.Image | np.ndarray:
         if self.index is None:
-            return read_picture(self.path)
+            return read_image(self.path)
         return np.array(np.load(self.path, mmap_mode="r")[self.index])  # of the file no more than the slice
 
 
@@ -101,7 +109,7 @@ def find_pairs(
     target: Path,
     processor: SamI2IImageProcessor,
     cache_dir: Path,
-    tissue_share: float = 0.05,
+    tissue_share: float = TISSUE_SHARE,
     progress: bool = False,
 ) -> list[SlicePair]:
     """
@@ -134,12 +142,6 @@ def find_pairs(
             f"Expected slices with more than {tissue_share:g} of tissue in {source}, got none: lower --tissue_share."
         )
     return sorted(pairs, key=lambda pair: (pair.patient, pair.name))
-
-
-def get_patient(name: str) -> str:
-    """The part of a file's name before the last `_`, or all of it without one."""
-    stem = _stem(name)
-    return stem.rpartition("_")[0] or stem
 
 
 def split_patients(
@@ -194,15 +196,6 @@ def batches_of_one_size(pairs: Sequence[SlicePair], batch_size: int) -> list[lis
     return batches
 
 
-def read_picture(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except OSError as error:
-        raise ValueError(f"Expected a PNG or TIFF image, got {path}, which cannot be read: {error}") from error
-    return image
-
-
 def _equal_names(source: Path, target: Path) -> list[str]:
     found = []
     for folder in (source, target):
@@ -231,7 +224,7 @@ def _volume_pairs(source, target, processor, cache_dir, tissue_share):
             f"Expected volumes of one size, got {a['shape']} in {source} and {b['shape']} in {target}: resample one "
             "to the other's grid."
         )
-    stem = _stem(source.name)
+    stem = get_stem(source.name)
     return [
         SlicePair(f"{stem}_{index:03d}", get_patient(source.name), *(_slice_of(volume, index) for volume in (a, b)))
         for index, share in enumerate(a["tissue"])
@@ -247,7 +240,7 @@ def _unpack(path, processor, cache_dir):
     """A volume's `path` as .npy, its `shape`, its `range`, and the share of `tissue` of each slice."""
     stat = path.stat()
     key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, processor.percentiles, BACKGROUND])
-    unpacked = cache_dir / f"{_stem(path.name)}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    unpacked = cache_dir / f"{get_stem(path.name)}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     about = unpacked.with_suffix(".json")
     if not about.exists():
         slices = read_nifti(path).slices
@@ -258,14 +251,14 @@ def _unpack(path, processor, cache_dir):
         temporary = unpacked.with_suffix(f".{os.getpid()}.npy")
         np.save(temporary, slices)
         temporary.replace(unpacked)
-        tissue = (slices > low + BACKGROUND * (high - low)).mean(axis=(1, 2))
-        write_json(about, {"shape": slices.shape, "range": [low, high], "tissue": tissue.tolist()})
+        tissue = get_tissue_shares(slices, (low, high)).tolist()
+        write_json(about, {"shape": slices.shape, "range": [low, high], "tissue": tissue})
     return {**json.loads(about.read_text()), "path": unpacked}
 
 
 def _read_pictures(paths, processor):
     """The slices of a patient."""
-    images = [read_picture(path) for path in paths]
+    images = [read_image(path) for path in paths]
     intensity_range = _range_of(processor, images, f"{paths[0].parent}, {_some([path.name for path in paths])}")
     return [
         SliceFile(path, None, intensity_range, (image.height, image.width))
@@ -287,11 +280,6 @@ def _pair(name, patient, source, target):
             f"{target.path}: resample one to the other's grid."
         )
     return SlicePair(name, patient, source, target)
-
-
-def _stem(name):
-    suffix = next((end for end in NIFTI if name.endswith(end)), Path(name).suffix)
-    return name.removesuffix(suffix)
 
 
 def _pad(image, height, width, black):

@@ -17,7 +17,17 @@ from transformers.configuration_utils import PreTrainedConfig
 from imedsam.configuration.configuration_sam_i2i import SamI2IConfig
 from imedsam.modeling_sam_i2i import SamI2IModel
 from imedsam.processing.image_processing_sam_i2i import SamI2IImageProcessor
-from imedsam.processing.volumes import Volume, is_nifti, on_one_grid, read_nifti, write_nifti
+from imedsam.processing.volumes import (
+    TISSUE_SHARE,
+    Volume,
+    get_patient,
+    get_stem,
+    get_tissue_shares,
+    is_nifti,
+    on_one_grid,
+    read_nifti,
+    write_nifti,
+)
 from imedsam.sam_checkpoints import refuse_damaged, refuse_nowhere
 from imedsam.training.pictures import save_translations
 from imedsam.training.predict import find_images, read_image
@@ -25,8 +35,6 @@ from imedsam.training.report import new_folder, provenance, weights_hash, write_
 from imedsam.training.translation_metrics import mean_metrics, slice_metrics
 
 NUM_SHOWN = 4  # slices of a volume in its picture
-# A slice of a volume has tissue where this share of its pixels is above this part of the volume's range.
-TISSUE_SHARE, TISSUE_INTENSITY = 0.01, 0.1
 
 
 @dataclass(frozen=True)
@@ -204,18 +212,11 @@ def find_series(image: Path, target: Path | None = None) -> list[Series]:
         targets = {image: find_images(target)[0]}
     patients: dict[str, list[Path]] = {}
     for path in images:
-        patients.setdefault(get_patient(path), []).append(path)
+        patients.setdefault(get_stem(path.name) if is_nifti(path) else get_patient(path.name), []).append(path)
     return [
         Series(name, files, None if target is None else [targets[path] for path in files])
         for name, files in patients.items()
     ]
-
-
-def get_patient(path: Path) -> str:
-    """'AURORA_015.png' -> 'AURORA'; a volume is a patient."""
-    if is_nifti(path):
-        return path.name.removesuffix(".gz").removesuffix(".nii")
-    return path.stem.rpartition("_")[0] or path.stem
 
 
 def check_targets(series: Sequence[Series]) -> None:
@@ -258,7 +259,8 @@ def _translate_series(
         names = [str(index) for index in range(len(slices))]
         low, high = intensity_range or (0.0, 1.0)
         write_nifti(folder / f"{series.name}.nii.gz", low + (high - low) * torch.stack(outputs).numpy(), volume)
-        counted = [has_tissue(values) for values in labels or sources]
+        shares = get_tissue_shares(volume.slices, processor.get_intensity_range(slices))
+        counted = (shares > TISSUE_SHARE).tolist()
     save_translations(
         folder / "pictures" / f"{series.name}.png",
         {
@@ -281,11 +283,6 @@ def _means(volumes: dict[str, dict]) -> dict:
     ]
     means = mean_metrics([row for _, row in rows], [name for name, _ in rows])
     return {"num_patients": len({name for name, _ in rows}), "mean": {key: vars(mean) for key, mean in means.items()}}
-
-
-def has_tissue(values: Tensor) -> bool:
-    """Of a slice (H, W) in its volume's range, [0, 1]."""
-    return bool((values > TISSUE_INTENSITY).float().mean() >= TISSUE_SHARE)
 
 
 def choose(counted: Sequence[bool], number: int) -> list[int]:

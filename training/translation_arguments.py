@@ -7,6 +7,7 @@ from transformers import SchedulerType
 from transformers.configuration_utils import PreTrainedConfig
 
 from imedsam.configuration.configuration_sam_i2i import SamI2IConfig
+from imedsam.processing.volumes import TISSUE_SHARE
 from imedsam.training.arguments import add_shared_flags, not_negative, parse_config, share
 from imedsam.training.translation_unet import TranslationUNetConfig
 
@@ -43,7 +44,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     add(
         "--tissue_share",
         type=share,
-        default=0.05,
+        default=TISSUE_SHARE,
         help="Slices of NIfTI volumes are taken where more than this share of the source is no background.",
     )
     add("--cache_dir", help="Where NIfTI volumes are unpacked; OUTPUT_DIR/volumes by default. Runs can share one.")
