@@ -26,7 +26,7 @@ from imedsam.training import checkpoints, discriminator, train_sam_i2i
 from imedsam.training.train_sam_i2i import Player, backward, get_adversary
 from imedsam.training.translation_arguments import parse_args
 from imedsam.training.translation_metrics import slice_metrics
-from imedsam.training.translation_unet import TranslationUNet, TranslationUNetConfig
+from imedsam.training.translators import TranslationUNet, TranslationUNetConfig
 
 # Both networks change visibly in few steps.
 FAST = ["--learning_rate", "3e-3", "--discriminator_learning_rate", "1e-3"]

@@ -95,11 +95,11 @@ def model_card(report: Mapping, publication: Publication | None = None) -> str:
         table="\n".join(results),
         trained=", ".join(f"{name} {count:,}" for name, count in report["trainable_parameters"].items()),
         images=report["num_images"]["train"],
-        epochs=_counted(len(report["history"]), "epoch"),
+        epochs=counted(len(report["history"]), "epoch"),
         best=report["best_epoch"] + 1,
         seed=arguments["seed"],
-        time=_time(report["seconds"]),
-        hardware=_hardware(report),
+        time=describe_time(report["seconds"]),
+        hardware=describe_hardware(report),
         terms=TERMS.format(license=publication.license, data=publication.data_terms or NO_TERMS)
         if publication
         else "",
@@ -157,21 +157,21 @@ def _eval_results(evaluation: Mapping) -> list[EvalResult]:
     ]
 
 
-def _hardware(report: Mapping) -> str:
+def describe_hardware(report: Mapping) -> str:
     """Where it was trained; nothing for a report that does not say."""
     machine = report.get("machine")
     if machine is None:
         return ""
-    return f" on {machine['gpu'] or _counted(machine['threads'], 'core') + ' of ' + machine['processor']}"
+    return f" on {machine['gpu'] or counted(machine['threads'], 'core') + ' of ' + machine['processor']}"
 
 
-def _time(seconds: float) -> str:
+def describe_time(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} hours"
-    return _counted(round(seconds / 60), "minute") if seconds >= 60 else _counted(round(seconds), "second")
+    return counted(round(seconds / 60), "minute") if seconds >= 60 else counted(round(seconds), "second")
 
 
-def _counted(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 

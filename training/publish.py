@@ -13,6 +13,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from imedsam.false_corrector import default_samples
 from imedsam.hub_errors import check_token, explain_hub_errors
 from imedsam.modeling_imedsam import IMedSamModel
+from imedsam.processing.image_processing_sam_i2i import SamI2IImageProcessor
 from imedsam.processing.processing_imedsam import IMedSamProcessor
 from imedsam.sam_checkpoints import load_sam
 from imedsam.training.baselines import load_model
@@ -21,6 +22,8 @@ from imedsam.training.model_card import Publication, is_corrected, model_card, s
 from imedsam.training.predict import read_image
 from imedsam.training.remote_code import forget_code, write_code
 from imedsam.training.report import new_folder, weights_hash, write_json
+from imedsam.training.translation_card import translation_card
+from imedsam.training.translators import TRANSLATORS
 
 # Of the arguments of a training and of an evaluation.
 PATHS = {
@@ -32,10 +35,23 @@ PATHS = {
     "model",
     "compare",
     "data",
+    "source",
+    "target",
+    "cache_dir",
+    "clip_name_or_path",
 }
 PICTURE = "picture.png"
-# Rows of single objects, whose names may say whose they are.
-OBJECTS = {"objects", "validation_objects", "test_objects"}
+# Rows of single objects and slices, whose names may say whose they are.
+OBJECTS = {
+    "objects",
+    "validation_objects",
+    "test_objects",
+    "validation_slices",
+    "test_slices",
+    "patients",
+    "validation_patients",
+    "test_patients",
+}
 
 
 def prepare_folder(
@@ -69,39 +85,84 @@ def prepare_folder(
             itself.
     """
     training = read_training(Path(model))
-    evaluations = [read_evaluation(report, Path(model)) for report in reports]
     shown = None if picture is None else read_image(picture).convert("RGB")
     with new_folder(output) as folder:
-        trained = load_model(model)
-        if publication.with_code and (adapter or type(trained) is not IMedSamModel):
-            raise ValueError("Expected a whole I-MedSAM to publish with its code, got an adapter or a baseline.")
-        if adapter:
-            save_adapter(trained, folder, publication.base_model, offline)
-        else:
-            trained.float()  # a small update of LoRA's would drown in half precision
-            trained.merge_and_unload().save_pretrained(folder)
-        IMedSamProcessor.from_pretrained(model).save_pretrained(folder)
-        if publication.with_code:
-            write_code(folder)
-        else:
-            forget_code(folder)
-        for number, evaluation in enumerate(evaluations, 1):
-            write_json(folder / f"evaluation_{number}.json", summary_of(evaluation))
         if shown is not None:
             shown.save(folder / PICTURE)  # anew, without what a camera or a scanner notes beside the pixels
-        said = replace(
-            publication,
-            evaluations=evaluations,
-            picture=None if shown is None else PICTURE,
-            base_sha256=trained.config.base_model_sha256 if adapter else None,
-            correct=default_samples(trained) if any(map(is_corrected, evaluations)) else None,
-        )
-        (folder / "README.md").write_text(model_card(training, said), encoding="utf-8")
+            publication = replace(publication, picture=PICTURE)
+        if is_translator(training):
+            card = write_translator(model, folder, training, publication, reports=reports, adapter=adapter)
+        else:
+            card = write_segmenter(
+                model, folder, training, publication, reports=reports, adapter=adapter, offline=offline
+            )
+        (folder / "README.md").write_text(card, encoding="utf-8")
         write_json(folder / "metrics.json", summary_of(training))
         for path in folder.rglob("*"):
             if path.is_file():
                 path.chmod(0o644)  # safetensors writes for the owner alone
     return sorted(path for path in output.rglob("*") if path.is_file())
+
+
+def write_segmenter(
+    model: str,
+    folder: Path,
+    training: dict[str, Any],
+    publication: Publication,
+    *,
+    reports: Sequence[Path],
+    adapter: bool,
+    offline: bool,
+) -> str:
+    """Writes a model that segments, and its evaluations; returns its card."""
+    evaluations = [read_evaluation(report, Path(model)) for report in reports]
+    trained = load_model(model)
+    if publication.with_code and (adapter or type(trained) is not IMedSamModel):
+        raise ValueError("Expected a whole I-MedSAM to publish with its code, got an adapter or a baseline.")
+    if adapter:
+        save_adapter(trained, folder, publication.base_model, offline)
+    else:
+        trained.float()  # a small update of LoRA's would drown in half precision
+        trained.merge_and_unload().save_pretrained(folder)
+    IMedSamProcessor.from_pretrained(model).save_pretrained(folder)
+    if publication.with_code:
+        write_code(folder)
+    else:
+        forget_code(folder)
+    for number, evaluation in enumerate(evaluations, 1):
+        write_json(folder / f"evaluation_{number}.json", summary_of(evaluation))
+    said = replace(
+        publication,
+        evaluations=evaluations,
+        base_sha256=trained.config.base_model_sha256 if adapter else None,
+        correct=default_samples(trained) if any(map(is_corrected, evaluations)) else None,
+    )
+    return model_card(training, said)
+
+
+def is_translator(training: dict[str, Any]) -> bool:
+    """Whether a training was one of imedsam.training.train_sam_i2i."""
+    return "source" in training["arguments"]
+
+
+def write_translator(
+    model: str,
+    folder: Path,
+    training: dict[str, Any],
+    publication: Publication,
+    *,
+    reports: Sequence[Path],
+    adapter: bool,
+) -> str:
+    """Writes a model that translates; returns its card."""
+    if adapter or reports or publication.with_code:
+        raise ValueError(
+            "Expected a model that segments for an adapter, for reports of `imedsam evaluate` and for code, got one "
+            f"that translates at {model}: its card has what its training scored (--do_test). Leave them out."
+        )
+    TRANSLATORS[training["arguments"]["model"]].from_pretrained(model).save_pretrained(folder)
+    SamI2IImageProcessor.from_pretrained(model).save_pretrained(folder)
+    return translation_card(training, publication)
 
 
 def save_adapter(model: IMedSamModel, folder: Path, base_model: str | None, offline: bool) -> None:

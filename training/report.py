@@ -18,7 +18,7 @@ AXES = {"dice": "Dice", "psnr": "PSNR (dB)"}
 
 
 def write_report(
-    folder: Path, report: dict, make_card: Callable[[dict], str] | None = model_card, score: str = "dice"
+    folder: Path, report: dict, make_card: Callable[[dict], str] = model_card, score: str = "dice"
 ) -> None:
     """
     Writes the files into the folder of the trained model; metrics.json is the last, and so the sign of a
@@ -27,12 +27,11 @@ def write_report(
     Args:
         report: what goes to metrics.json: `arguments`, `history`, `validation`, `floors`, ...; versions and the date
             are added.
-        make_card: what README.md is made by; without one there is none.
+        make_card: what README.md is made by.
         score: of validation, to plot.
     """
     plot_curves(report["history"], folder / "curves.png", score)
-    if make_card is not None:
-        (folder / "README.md").write_text(make_card(report), encoding="utf-8")
+    (folder / "README.md").write_text(make_card(report), encoding="utf-8")
     write_json(folder / "metrics.json", {**report, **provenance()})
 
 

@@ -53,11 +53,10 @@ from imedsam.training.machine import describe_machine
 from imedsam.training.model_card import is_hub_name
 from imedsam.training.pairs import SlicePair, SlicePairs, batches_of_one_size, find_pairs, split_patients
 from imedsam.training.report import weights_hash, write_report
-from imedsam.training.translation_arguments import CONFIGS, parse_args
+from imedsam.training.translation_arguments import parse_args
+from imedsam.training.translation_card import translation_card
 from imedsam.training.translation_metrics import slice_metrics
-from imedsam.training.translation_unet import TranslationUNet, TranslationUNetConfig
-
-MODELS: dict[str, type[PreTrainedModel]] = {"sam_i2i": SamI2IModel, "unet": TranslationUNet}
+from imedsam.training.translators import TRANSLATORS, TranslationUNet, TranslationUNetConfig
 
 
 @dataclass
@@ -298,7 +297,7 @@ def finish(accelerator, model, processor, pairs: dict[str, list[SlicePair]], arg
         model.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)
         report["weights"] = weights_hash(str(output_dir))
-        write_report(output_dir, report, make_card=None, score="psnr")  # README.md is made by what is given here
+        write_report(output_dir, report, translation_card, score="psnr")
     accelerator.wait_for_everyone()
 
 
@@ -316,7 +315,7 @@ def get_model_and_processor(args: argparse.Namespace) -> tuple[PreTrainedModel, 
     path = args.model_name_or_path
     if path is not None:
         model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
-        made = [name for name, config_class in CONFIGS.items() if config_class.model_type == model_type]
+        made = [name for name, one in TRANSLATORS.items() if one.config_class.model_type == model_type]
         if made == [args.model]:
             return load_to_train_on(args)
         if made or args.model == "unet":
@@ -336,7 +335,7 @@ def get_model_and_processor(args: argparse.Namespace) -> tuple[PreTrainedModel, 
 
 def load_to_train_on(args: argparse.Namespace) -> tuple[PreTrainedModel, SamI2IImageProcessor]:
     path = args.model_name_or_path
-    model = MODELS[args.model].from_pretrained(path)
+    model = TRANSLATORS[args.model].from_pretrained(path)
     if changed := [key for key, value in args.config.items() if getattr(model.config, key) != value]:
         raise ValueError(
             f"Expected the configuration of {path}, got another {', '.join(changed)}: it is a checkpoint to train on "

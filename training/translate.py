@@ -13,9 +13,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
-from imedsam.configuration.configuration_sam_i2i import SamI2IConfig
-from imedsam.modeling_sam_i2i import SamI2IModel
 from imedsam.processing.image_processing_sam_i2i import SamI2IImageProcessor
 from imedsam.processing.volumes import (
     TISSUE_SHARE,
@@ -33,6 +32,7 @@ from imedsam.training.pictures import save_translations
 from imedsam.training.predict import find_images, read_image
 from imedsam.training.report import new_folder, provenance, weights_hash, write_json
 from imedsam.training.translation_metrics import mean_metrics, slice_metrics
+from imedsam.training.translators import TRANSLATORS
 
 NUM_SHOWN = 4  # slices of a volume in its picture
 
@@ -120,7 +120,7 @@ def translate_to_folder(
 
 @torch.inference_mode()
 def translate(
-    model: SamI2IModel,
+    model: PreTrainedModel,
     processor: SamI2IImageProcessor,
     slices: Sequence[Any] | np.ndarray,
     batch_size: int = 8,
@@ -151,9 +151,9 @@ def translate(
 
 def load_translator(
     pretrained_model_name_or_path: str, device: str | torch.device = "cpu", revision: str | None = None
-) -> tuple[SamI2IModel, SamI2IImageProcessor]:
+) -> tuple[PreTrainedModel, SamI2IImageProcessor]:
     """
-    A SAM-I2I and its processor.
+    A SAM-I2I, or the U-Net that it is compared with, and its processor.
 
     Raises:
         ValueError: a checkpoint of another type, of another version, damaged or not whole.
@@ -162,19 +162,18 @@ def load_translator(
     refuse_nowhere(path)
     finding: dict[str, Any] = {"revision": revision}
     model_type = PreTrainedConfig.get_config_dict(path, **finding)[0].get("model_type")
-    if model_type != SamI2IConfig.model_type:
+    model_class: Any = next((one for one in TRANSLATORS.values() if one.config_class.model_type == model_type), None)
+    if model_class is None:
         raise ValueError(
             f"Expected a SAM-I2I at {path}, got a model of type {model_type!r}: `imedsam predict` takes those that "
             "segment, and imedsam.training.train_sam_i2i trains one that translates."
         )
     try:
-        SamI2IConfig.from_pretrained(path, **finding)
+        model_class.config_class.from_pretrained(path, **finding)
     except (TypeError, StrictDataclassError) as error:
         raise ValueError(f"Expected a configuration of this version in {path}/config.json, got: {error}") from error
     with refuse_damaged(path):
-        # Declared to return the model alone.
-        loaded: Any = SamI2IModel.from_pretrained(path, output_loading_info=True, **finding)
-    model, found = loaded
+        model, found = model_class.from_pretrained(path, output_loading_info=True, **finding)
     if missing := sorted(found["missing_keys"]):  # which transformers filled at random
         raise ValueError(
             f"Expected a whole model at {path}, got one without {', '.join(missing[:4])}: copy or download it again."
@@ -238,7 +237,7 @@ def check_targets(series: Sequence[Series]) -> None:
 
 
 def _translate_series(
-    model: SamI2IModel,
+    model: PreTrainedModel,
     processor: SamI2IImageProcessor,
     series: Series,
     folder: Path,

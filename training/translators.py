@@ -1,4 +1,4 @@
-"""A baseline of SAM-I2I: MONAI's U-Net, which starts from nothing."""
+"""The models that translate: SAM-I2I, and a baseline, MONAI's U-Net, which starts from nothing."""
 
 from dataclasses import fields
 from typing import Any
@@ -13,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from imedsam.configuration.sam_based import INHERITED_KEYS
+from imedsam.modeling_sam_i2i import SamI2IModel
 
 
 @strict
@@ -103,3 +104,7 @@ class TranslationUNet(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if reset := getattr(module, "reset_parameters", None):
             reset()  # PyTorch's, which MONAI relies on
+
+
+# What `--model` calls them.
+TRANSLATORS: dict[str, type[PreTrainedModel]] = {"sam_i2i": SamI2IModel, "unet": TranslationUNet}
