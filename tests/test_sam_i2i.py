@@ -14,6 +14,9 @@ from transformers import (
     ResNetForImageClassification,
     Sam2HieraDetConfig,
     Sam2Model,
+    Sam2VideoConfig,
+    Sam2VideoModel,
+    Sam2VisionConfig,
 )
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 from translation_folders import HIERA, save_sam2
@@ -228,6 +231,15 @@ def test_the_backbone_of_a_sam_2(sam2_folder):
     stages = model.backbone(pixels(64, 64))
     reference = sam2.vision_encoder.backbone(pixels(64, 64)).intermediate_hidden_states
     assert_close(stages, reference)
+
+
+def test_the_backbone_of_a_sam_2_for_videos(tmp_path):
+    """Which the checkpoints of SAM 2 on the Hub are, facebook/sam2.1-hiera-tiny for one."""
+    vision = Sam2VisionConfig(backbone_config=Sam2HieraDetConfig(**HIERA), backbone_channel_list=[64, 32, 16, 8])
+    video = Sam2VideoModel(Sam2VideoConfig(vision_config=vision))
+    video.save_pretrained(tmp_path)
+    backbone = SamI2IModel.from_backbone_pretrained(tmp_path).backbone
+    assert_close(dict(backbone.state_dict()), dict(video.vision_encoder.backbone.state_dict()), rtol=0, atol=0)
 
 
 @torch.no_grad()
