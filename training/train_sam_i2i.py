@@ -56,7 +56,7 @@ from imedsam.training.report import weights_hash, write_report
 from imedsam.training.translation_arguments import parse_args
 from imedsam.training.translation_card import translation_card
 from imedsam.training.translation_metrics import slice_metrics
-from imedsam.training.translators import TRANSLATORS, TranslationUNet, TranslationUNetConfig
+from imedsam.training.translators import TRANSLATORS, TranslationUNet, TranslationUNetConfig, find_translator
 
 
 @dataclass
@@ -315,13 +315,13 @@ def get_model_and_processor(args: argparse.Namespace) -> tuple[PreTrainedModel, 
     path = args.model_name_or_path
     if path is not None:
         model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
-        made = [name for name, one in TRANSLATORS.items() if one.config_class.model_type == model_type]
-        if made == [args.model]:
+        found = find_translator(model_type)
+        if found == args.model:
             return load_to_train_on(args)
-        if made or args.model == "unet":
+        if found or args.model == "unet":
             raise ValueError(
-                f"Expected a checkpoint of --model {args.model} in {path}, got {made[0] if made else model_type}: "
-                "name another, or leave --model_name_or_path out."
+                f"Expected a checkpoint of --model {args.model} in {path}, got {found or model_type}: name another, "
+                "or leave --model_name_or_path out."
             )
     model: SamI2IModel | TranslationUNet
     if path is not None:

@@ -32,7 +32,7 @@ from imedsam.training.pictures import save_translations
 from imedsam.training.predict import find_images, read_image
 from imedsam.training.report import new_folder, provenance, weights_hash, write_json
 from imedsam.training.translation_metrics import mean_metrics, slice_metrics
-from imedsam.training.translators import TRANSLATORS
+from imedsam.training.translators import TRANSLATOR_CONFIGS, TRANSLATORS, find_translator
 
 NUM_SHOWN = 4  # slices of a volume in its picture
 
@@ -162,18 +162,20 @@ def load_translator(
     refuse_nowhere(path)
     finding: dict[str, Any] = {"revision": revision}
     model_type = PreTrainedConfig.get_config_dict(path, **finding)[0].get("model_type")
-    model_class: Any = next((one for one in TRANSLATORS.values() if one.config_class.model_type == model_type), None)
-    if model_class is None:
+    name = find_translator(model_type)
+    if name is None:
         raise ValueError(
             f"Expected a SAM-I2I at {path}, got a model of type {model_type!r}: `imedsam predict` takes those that "
             "segment, and imedsam.training.train_sam_i2i trains one that translates."
         )
     try:
-        model_class.config_class.from_pretrained(path, **finding)
+        TRANSLATOR_CONFIGS[name].from_pretrained(path, **finding)
     except (TypeError, StrictDataclassError) as error:
         raise ValueError(f"Expected a configuration of this version in {path}/config.json, got: {error}") from error
     with refuse_damaged(path):
-        model, found = model_class.from_pretrained(path, output_loading_info=True, **finding)
+        # Declared to return the model alone.
+        loaded: Any = TRANSLATORS[name].from_pretrained(path, output_loading_info=True, **finding)
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):  # which transformers filled at random
         raise ValueError(
             f"Expected a whole model at {path}, got one without {', '.join(missing[:4])}: copy or download it again."

@@ -7,7 +7,7 @@ from transformers import SchedulerType
 
 from imedsam.processing.volumes import TISSUE_SHARE
 from imedsam.training.arguments import add_shared_flags, not_negative, parse_config, share
-from imedsam.training.translators import TRANSLATORS
+from imedsam.training.translators import TRANSLATOR_CONFIGS
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
@@ -19,7 +19,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         help="SAM 2, SAM or AutoBackbone checkpoint to start from, or one of --model to train on. Without it all is "
         "new: the U-Net, or a backbone, which then has to be trained (--config train_backbone=true).",
     )
-    add("--model", choices=TRANSLATORS, default="sam_i2i", help="SAM-I2I, or MONAI's U-Net, a baseline.")
+    add("--model", choices=TRANSLATOR_CONFIGS, default="sam_i2i", help="SAM-I2I, or MONAI's U-Net, a baseline.")
     add("--source", required=True, help="Folder of slices (PNG, TIFF) or volumes (.nii, .nii.gz), PATIENT_*.")
     add("--target", required=True, help="Folder of the other contrast, with files of the same names.")
     add(
@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         args.config = dict(parse_config(item) for item in args.config)
         if args.model_name_or_path is not None and "backbone_config" in args.config:
             raise ValueError("backbone_config is the checkpoint's: leave it out, or leave --model_name_or_path out.")
-        TRANSLATORS[args.model].config_class(**args.config)
+        TRANSLATOR_CONFIGS[args.model](**args.config)
     except (TypeError, ValueError, StrictDataclassError) as error:
         parser.error(f"argument --config: {error}")
     if args.model == "sam_i2i" and args.model_name_or_path is None and not args.config.get("train_backbone"):

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import ImageSuperResolutionOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from imedsam.configuration.configuration_sam_i2i import SamI2IConfig
 from imedsam.configuration.sam_based import INHERITED_KEYS
 from imedsam.modeling_sam_i2i import SamI2IModel
 
@@ -106,5 +107,11 @@ class TranslationUNet(PreTrainedModel):
             reset()  # PyTorch's, which MONAI relies on
 
 
-# What `--model` calls them.
+# By what `--model` calls them.
 TRANSLATORS: dict[str, type[PreTrainedModel]] = {"sam_i2i": SamI2IModel, "unet": TranslationUNet}
+TRANSLATOR_CONFIGS: dict[str, type[PreTrainedConfig]] = {"sam_i2i": SamI2IConfig, "unet": TranslationUNetConfig}
+
+
+def find_translator(model_type: str | None) -> str | None:
+    """The name of the model of this type; None if it is none that translates."""
+    return next((name for name, one in TRANSLATOR_CONFIGS.items() if one.model_type == model_type), None)
