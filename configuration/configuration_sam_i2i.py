@@ -1,5 +1,6 @@
 """Configuration of SAM-I2I."""
 
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
@@ -65,7 +66,8 @@ class SamI2IConfig(PreTrainedConfig):
         backbone: Any = self.backbone_config
         is_staged = isinstance(backbone, BackboneConfigMixin)
         if is_staged and len(backbone.out_features) == 1:
-            backbone.out_features = backbone.stage_names[-NUM_STAGES:]
+            self.backbone_config = deepcopy(backbone)  # the caller's stays as it is
+            self.backbone_config.out_features = backbone.stage_names[-NUM_STAGES:]
 
     @property
     def size_divisor(self) -> int:

@@ -13,6 +13,7 @@ backbones are not: the differences between rows are what counts.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -44,12 +45,12 @@ SMALL_HIERA = {
     "hidden_size": 24,
     "embed_dim_per_stage": [24, 48, 96, 192],
 }
+TRUNK = shlex.quote(str(DATA / "checkpoints" / "deit-tiny-sam-384"))
 METHODS = {
     "MONAI's U-Net": "--model unet --learning_rate 1e-3",
     "SAM-I2I, Hiera from nothing": "--config train_backbone=true upsampling=2 "
-    f"backbone_config={json.dumps(SMALL_HIERA, separators=(',', ':'))} --learning_rate 1e-3",
-    "SAM-I2I, ImageNet DeiT-Tiny trunk": f"--model_name_or_path {DATA / 'checkpoints' / 'deit-tiny-sam-384'} "
-    "--config upsampling=2 --learning_rate 1e-3",
+    f"backbone_config={shlex.quote(json.dumps(SMALL_HIERA))} --learning_rate 1e-3",
+    "SAM-I2I, ImageNet DeiT-Tiny trunk": f"--model_name_or_path {TRUNK} --config upsampling=2 --learning_rate 1e-3",
 }
 RATES = (3e-4, 1e-3, 3e-3)  # tried on a task that is not tested, from FLAIR to T1 with contrast agent
 
@@ -77,7 +78,7 @@ class Run:
 
     def flags(self) -> list[str]:
         source, target = (DATA / "data" / "brain_mr" / contrast for contrast in (self.source, self.target))
-        flags = f"{RECIPE} {METHODS[self.method]} --source {source} --target {target}".split()
+        flags = [*shlex.split(f"{RECIPE} {METHODS[self.method]}"), "--source", str(source), "--target", str(target)]
         if self.rate is None:
             return [*flags, "--test_patients", self.patient]
         return [*flags, "--learning_rate", str(self.rate), "--validation_patients", self.patient, "--test_patients"]

@@ -13,6 +13,9 @@ from transformers.models.sam2.configuration_sam2 import Sam2HieraDetConfig
 from transformers.models.sam2.modeling_sam2 import Sam2HieraDetModel
 
 from imedsam.configuration.configuration_sam_i2i import NUM_STAGES
+from imedsam.sam_checkpoints import read_config, refuse_damaged
+
+STRIDES = (4, 8, 16, 32)
 
 
 def make_backbone(config: PreTrainedConfig) -> "HieraBackbone | PlainBackbone | StagedBackbone":
@@ -32,17 +35,36 @@ def load_backbone(name_or_path: str, **loading: Any) -> tuple[PreTrainedConfig, 
         name_or_path: Hub name or folder of a `Sam2Model`, a `SamModel`, or a model that `AutoBackbone` takes.
         loading: what `from_pretrained` takes to find files.
     """
-    config = AutoConfig.from_pretrained(name_or_path, **loading)
-    if config.model_type in ("sam2", "sam2_video"):
-        encoder = Sam2Model.from_pretrained(name_or_path, **loading).vision_encoder.backbone
-    elif config.model_type == "sam":
-        encoder = SamModel.from_pretrained(name_or_path, **loading).vision_encoder
-    else:
+    model_type = read_config(name_or_path, **loading).get("model_type")
+    if model_type in ("sam2", "sam2_video"):
+        return _read_part(Sam2Model, "vision_encoder.backbone", name_or_path, loading)
+    if model_type == "sam":
+        return _read_part(SamModel, "vision_encoder", name_or_path, loading)
+    try:
         with torch.device("meta"):
-            backbone_class = type(AutoBackbone.from_config(config))
-        # Not that of AutoBackbone, which asks the Hub first and takes no folder.
-        encoder = backbone_class.from_pretrained(name_or_path, **loading)
-        return encoder.config, {f"model.{name}": weight for name, weight in encoder.state_dict().items()}
+            backbone_class = type(AutoBackbone.from_config(AutoConfig.from_pretrained(name_or_path, **loading)))
+    except ValueError as error:
+        raise ValueError(
+            f"Expected a SAM 2, a SAM, or a backbone that transformers' AutoBackbone takes at {name_or_path}, got a "
+            f"model of type {model_type!r}."
+        ) from error
+    # Not that of AutoBackbone, which asks the Hub first and takes no folder.
+    config, weights = _read_part(backbone_class, "", name_or_path, loading)
+    return config, {f"model.{name}": weight for name, weight in weights.items()}
+
+
+def _read_part(
+    model_class: Any, part: str, path: str, loading: dict[str, Any]
+) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+    """Of a submodule of a checkpoint, all of whose weights have to be there: transformers fills others at random."""
+    with refuse_damaged(path):
+        model, found = model_class.from_pretrained(path, output_loading_info=True, **loading)
+    if missing := sorted(name for name in found["missing_keys"] if name.startswith(part)):
+        raise ValueError(
+            f"Expected all weights of a backbone at {path}, got none of {', '.join(missing[:4])}: copy or download it "
+            "again."
+        )
+    encoder = model.get_submodule(part)
     return encoder.config, encoder.state_dict()
 
 
@@ -75,7 +97,15 @@ class StagedBackbone(nn.Module):
         return self.model.channels
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(stage.permute(0, 2, 3, 1) for stage in self.model(pixel_values).feature_maps)
+        stages = tuple(stage.permute(0, 2, 3, 1) for stage in self.model(pixel_values).feature_maps)
+        height, width = pixel_values.shape[-2:]
+        expected = [(height // stride, width // stride) for stride in STRIDES]
+        if (sizes := [tuple(stage.shape[1:3]) for stage in stages]) != expected:
+            raise ValueError(
+                f"Expected four stages at strides {STRIDES}, of {expected}, got {sizes} of "
+                f"{type(self.model).__name__}: take a backbone of four scales, or SAM's ViT, which gets a pyramid."
+            )
+        return stages
 
 
 class PlainBackbone(SamVisionEncoder):

@@ -69,7 +69,8 @@ class SamI2IModel(PreTrainedModel):
             labels: (B, 1, H, W), the target contrast in [0, 1].
 
         Returns:
-            `reconstruction` (B, 1, H, W) in [0, 1], and with labels `loss`, its mean absolute difference to them.
+            `reconstruction` (B, 1, H, W) in [0, 1], and with labels `loss`, its mean absolute difference to them; both
+            float32, as half precision would round what they are compared by.
 
         Raises:
             ValueError: tensors of another shape.
@@ -81,17 +82,16 @@ class SamI2IModel(PreTrainedModel):
             stages = self.backbone(pictures)
         if self.pyramid is not None:
             stages = self.pyramid(stages)
-        reconstruction = self.decoder(stages, size).sigmoid()
-        loss = None if labels is None else F.l1_loss(reconstruction, labels.to(reconstruction.dtype))
+        reconstruction = self.decoder(stages, size).float().sigmoid()
+        loss = None if labels is None else F.l1_loss(reconstruction, labels.float())
         return ImageSuperResolutionOutput(loss=loss, reconstruction=reconstruction)
 
     def train(self, mode: bool = True) -> SamI2IModel:
         """A frozen backbone stays in evaluation mode: its batch norms, if it has any, keep their statistics."""
         super().train(mode)
-        # Here and not when the model is made: loading makes new parameters, and then calls `eval()`.
-        self.backbone.requires_grad_(self.config.train_backbone)
         if not self.config.train_backbone:
-            self.backbone.eval()
+            # Frozen here and not when the model is made: loading makes new parameters, and then calls `eval()`.
+            self.backbone.requires_grad_(False).eval()
         return self
 
     def _check_shapes(self, pixel_values: Tensor, labels: Tensor | None) -> None:

@@ -131,7 +131,7 @@ class SamI2IImageProcessor(BaseImageProcessor):
     ) -> list[torch.Tensor]:
         """
         The way back: without padding, and in the units of a range. It undoes `preprocess` exactly, but for what was
-        clipped there: labels go back to the integers that they were.
+        clipped there: labels go back to the integers that they were, of up to 16 bits, as they are float32.
 
         Args:
             reconstruction: (B, 1, H, W) in [0, 1], as the model gives it.
@@ -181,6 +181,8 @@ def _pad(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 def _check_range(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) != 2:
+        raise ValueError(f"Expected a range (low, high), got {len(values)} values.")
     low, high = (float(value) for value in values)
     if not np.isfinite([low, high]).all() or low > high:
         raise ValueError(f"Expected a range (low, high) with low <= high, both finite, got {(low, high)}.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Image
@@ -54,10 +55,19 @@ def get_stem(name: str) -> str:
     return name.removesuffix(suffix)
 
 
-def get_patient(name: str) -> str:
-    """The part of a file's name before the last `_`, or all of it without one: "patient-7_041.png" -> "patient-7"."""
+def get_series(name: str) -> str:
+    """What a volume's slices share: the part of a name before the last `_`, "patient-7_041.png" -> "patient-7"."""
     stem = get_stem(name)
     return stem.rpartition("_")[0] or stem
+
+
+def get_patient(name: str) -> str:
+    """
+    The part of a file's name before the last `_`, or all of it without one; of names as BIDS has them the subject,
+    whatever the session: "sub-01_ses-02_041.png" -> "sub-01".
+    """
+    series = get_series(name)
+    return series.partition("_")[0] if series.startswith("sub-") else series
 
 
 def get_tissue_shares(slices: np.ndarray, intensity_range: tuple[float, float]) -> np.ndarray:
@@ -91,6 +101,8 @@ def read_nifti(path: Path) -> Volume:
         raise ValueError(f"Expected a volume of three axes in {path}, got shape {values.shape}: split it first.")
     if values.dtype.kind not in "biuf":
         raise ValueError(f"Expected a volume of grey values in {path}, got {values.dtype}: convert it first.")
+    if not np.isfinite(image.affine).all() or np.linalg.matrix_rank(image.affine) < 4:
+        raise ValueError(f"Expected an affine that places voxels in {path}, got {image.affine.tolist()}: mend it.")
     # Left to right, back to front, feet to head.
     canonical = nibabel.orientations.apply_orientation(values, nibabel.orientations.io_orientation(image.affine))
     return Volume(canonical.transpose(2, 1, 0)[:, ::-1, ::-1], image)
@@ -98,7 +110,12 @@ def read_nifti(path: Path) -> Volume:
 
 def on_one_grid(one: Volume, other: Volume) -> bool:
     """Whether voxels of the same indices have the same place, however the two are stored, to a thousandth."""
-    return one.slices.shape == other.slices.shape and np.allclose(one.affine, other.affine, rtol=1e-3, atol=1e-3)
+    return one.slices.shape == other.slices.shape and is_one_place(one.affine, other.affine)
+
+
+def is_one_place(affine: ArrayLike, other: ArrayLike) -> bool:
+    """Whether two affines of slices, (4, 4), agree to a thousandth."""
+    return np.allclose(affine, other, rtol=1e-3, atol=1e-3)
 
 
 def write_nifti(path: Path, slices: np.ndarray, like: Volume) -> None:
@@ -110,7 +127,6 @@ def write_nifti(path: Path, slices: np.ndarray, like: Volume) -> None:
     )
     header = like.image.header.copy()
     header.set_data_dtype(np.float32)
-    header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0  # what viewers show is of the values that were read
     image = type(like.image)(nibabel.orientations.apply_orientation(canonical, back), like.image.affine, header)
     temporary = path.with_name(f".{path.name}")

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.parametrize import is_parametrized
 from torch.testing import assert_close
 from transformers import CLIPModel, CLIPVisionModelWithProjection
-from translation_folders import CLIP, save_clip
+from translation_folders import CLIP, save_clip, save_sam2
 
 from imedsam.training import discriminator
 from imedsam.training.discriminator import (
@@ -50,6 +51,16 @@ def test_the_image_encoder_of_a_whole_clip_is_taken(tmp_path):
     whole = CLIPModel.from_pretrained(tmp_path)
     assert_close(features.clip.vision_model.state_dict(), whole.vision_model.state_dict())
     assert_close(features.clip.visual_projection.weight, whole.visual_projection.weight)
+
+
+def test_what_is_no_clip_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Expected a CLIP at .*sam2, got a model of type 'sam2': name one"):
+        ClipFeatures.from_pretrained(save_sam2(tmp_path / "sam2"))
+    folder = save_clip(tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "visual_projection" not in k}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="Expected CLIP's image encoder at .*clip, got none of visual_proj"):
+        ClipFeatures.from_pretrained(folder)
 
 
 def test_of_the_papers_clip_they_are_the_hidden_states_4_and_8():

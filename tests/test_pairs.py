@@ -105,7 +105,13 @@ def test_volumes_that_cannot_be_paired(tmp_path, slices):
     write_volumes(tmp_path, slices)
     write_volumes(tmp_path / "other", slices[:, :, :5])
     (tmp_path / "other" / "target" / "p1_scan.nii.gz").replace(tmp_path / "target" / "p1_scan.nii.gz")
-    with pytest.raises(ValueError, match=r"Expected volumes of one size, got \[4, 8, 6\] in .* and \[4, 8, 5\] in"):
+    with pytest.raises(ValueError, match=r"Expected volumes on one grid, got .* \[4, 8, 6\], and .* \[4, 8, 5\]: reg"):
+        find(tmp_path)
+    write_volumes(tmp_path, slices)
+    path = tmp_path / "target" / "p1_scan.nii.gz"
+    elsewhere = np.array([[1.0, 0, 0, 100], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    nibabel.save(nibabel.Nifti1Image(nibabel.load(path).dataobj, elsewhere), path)
+    with pytest.raises(ValueError, match="Expected volumes on one grid, got other sizes or places of .*register"):
         find(tmp_path)
     empty = np.zeros_like(slices)
     write_volumes(tmp_path / "empty", empty)

@@ -1,15 +1,21 @@
 """SAM-I2I: its decoder by an independent reference, what is frozen, its backbones, saving, and what it refuses."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from safetensors.torch import load_file, save_file
 from torch.nn import Parameter
 from torch.testing import assert_close
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageToImage,
+    BertConfig,
+    BertModel,
+    Dinov2Config,
     ResNetConfig,
     ResNetForImageClassification,
     Sam2HieraDetConfig,
@@ -231,6 +237,47 @@ def test_the_backbone_of_a_sam_2(sam2_folder):
     stages = model.backbone(pixels(64, 64))
     reference = sam2.vision_encoder.backbone(pixels(64, 64)).intermediate_hidden_states
     assert_close(stages, reference)
+
+
+def test_backbones_that_cannot_be(tmp_path, sam2_folder):
+    """Weights that are missing would be random and frozen; so would scales that are none."""
+    copy = shutil.copytree(sam2_folder, tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "backbone.blocks.0" not in k}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match="Expected all weights of a backbone at .*copy, got none of .*blocks.0"):
+        SamI2IModel.from_backbone_pretrained(copy)
+    BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)).save_pretrained(
+        tmp_path / "bert"
+    )
+    with pytest.raises(ValueError, match="AutoBackbone takes at .*bert, got a model of type 'bert'"):
+        SamI2IModel.from_backbone_pretrained(tmp_path / "bert")
+    small = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 1, "patch_size": 8, "image_size": 32}
+    flat = Dinov2Config(**small, out_indices=[1, 2, 3, 4])
+    with pytest.raises(ValueError, match=r"Expected four stages at strides \(4, 8, 16, 32\), .*got .* Dinov2Backbone"):
+        SamI2IModel(SamI2IConfig(backbone_config=flat, upsampling=1, decoder_heads=[1, 1, 1]))(pixels(32, 32))
+
+
+def test_the_callers_configuration_stays_as_it_is():
+    given = ResNetConfig(**RESNET)
+    before = list(given.out_features)
+    assert len(SamI2IConfig(backbone_config=given).backbone_config.out_features) == 4 and given.out_features == before
+
+
+def test_what_is_trained_can_be_frozen_by_hand(make):
+    model = make(train_backbone=True)
+    model.backbone.requires_grad_(False)
+    assert not trained(model.eval().train().backbone)
+
+
+def test_losses_are_of_float32(make):
+    model, pixel_values = make(), pixels()
+    expected = model(pixel_values, labels_of(pixel_values))
+    half = model.bfloat16()(pixel_values, labels_of(pixel_values))
+    assert half.loss.dtype == half.reconstruction.dtype == torch.float32
+    assert_close(half.loss, F.l1_loss(half.reconstruction, labels_of(pixel_values)), rtol=1e-6, atol=0)
+    assert_close(half.loss, expected.loss, rtol=0.02, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.float()(pixel_values, labels_of(pixel_values)).loss.dtype == torch.float32
 
 
 def test_the_backbone_of_a_sam_2_for_videos(tmp_path):

@@ -1,6 +1,7 @@
 """The training of SAM-I2I on drawn slices."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from translation_folders import HIERA, draw_slice, save_clip, save_sam2, write_p
 from imedsam.configuration.configuration_sam_i2i import SamI2IConfig
 from imedsam.modeling_sam_i2i import SamI2IModel
 from imedsam.processing.image_processing_sam_i2i import SamI2IImageProcessor
+from imedsam.processing.volumes import read_nifti
 from imedsam.training import checkpoints, discriminator, train_sam_i2i
 from imedsam.training.train_sam_i2i import Player, backward, get_adversary
+from imedsam.training.translate import load_translator, translate
 from imedsam.training.translation_arguments import parse_args
 from imedsam.training.translation_metrics import slice_metrics
 from imedsam.training.translators import TranslationUNet, TranslationUNetConfig
@@ -163,16 +166,32 @@ def test_one_pair_is_overfitted(places, tmp_path):
 
 def test_volumes_without_validation_keep_the_last_weights(run, tmp_path):
     for patient, depth in (("a", 2), ("b", 1)):
-        slices = np.stack([draw_slice(index) for index in range(depth)])
+        slices = np.stack([draw_slice(index, 36) for index in range(depth)])  # which are padded
         slices = np.concatenate([slices, np.zeros_like(slices[:1])])  # one without tissue
         write_volumes(tmp_path, slices, f"{patient}.nii.gz")
     flags = f"--source {tmp_path}/source --target {tmp_path}/target --max_train_steps 2 --checkpointing_steps 1"
-    output = run(*flags.split(), "--validation_patients", "--test_patients", "b", "--do_test")
+    output = run(
+        *flags.split(), "--validation_patients", "--test_patients", "b", "--do_test", "--mixed_precision", "bf16"
+    )
     assert_equal_files(output / "model.safetensors", output / "step_2" / "model.safetensors")
     report = read(output)
     assert not (output / "best").exists() and "validation" not in report
     assert report["num_slices"] == {"train": 2, "validation": 0, "test": 1}
-    assert report["test_slices"][0]["name"] == "b_000" and len(list((output / "volumes").glob("*.npy"))) == 4
+    (row,) = report["test_slices"]
+    assert row["name"] == "b_000" and len(list((output / "volumes").glob("*.npy"))) == 4
+    # As everyone else computes it, in float32 and without the padding.
+    volumes = [list(read_nifti(tmp_path / name / "b.nii.gz").slices) for name in ("source", "target")]
+    made = translate(*load_translator(str(output)), volumes[0])
+    labels = SamI2IImageProcessor()(volumes[0], volumes[1])["labels"][:, 0, :36, :36]
+    values = slice_metrics(made[0], labels[0])
+    assert {name: row[name] for name in values} == pytest.approx(values, rel=1e-4)
+    assert report["test_intervals"]["psnr"] == [None, None]  # of one patient there are none
+
+
+def test_slices_without_a_value_are_left_out_of_means():
+    rows = [{"psnr": 20.0, "ssim": math.nan, "nrmse": 0.5}, {"psnr": 30.0, "ssim": math.nan, "nrmse": math.nan}]
+    means = train_sam_i2i.get_means(rows)
+    assert (means["psnr"], means["nrmse"]) == (25, 0.5) and math.isnan(means["ssim"])
 
 
 def test_no_gan_never_loads_clip(run, monkeypatch):
@@ -402,7 +421,6 @@ def test_the_defaults_are_the_papers():
         ("--config upsamplin=2", "argument --config: Unknown configuration key 'upsamplin'"),
         ("--config upsampling=3", "argument --config: Expected upsampling 1, 2 or 4"),
         ("--config backbone_config={}", "backbone_config is the checkpoint's: leave it out"),
-        ("--mixed_precision fp16", "Expected bf16 or no with a discriminator, got fp16"),
         ("--tissue_share 2", r"argument --tissue_share: Expected a number in \[0, 1\], got '2'"),
     ],
 )
@@ -410,6 +428,12 @@ def test_wrong_flags_are_refused(places, capsys, flags, message):
     with pytest.raises(SystemExit):
         parse_args(arguments(places, "out", flags.split()))
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_fp16_has_one_scale_for_two_losses(run, monkeypatch):
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp16"))  # needs a GPU
+    with pytest.raises(ValueError, match="Expected --mixed_precision bf16 or no with a discriminator, got fp16"):
+        run()
 
 
 def test_patients_are_names_or_a_share(places):

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from imedsam import SamI2IConfig, SamI2IImageProcessor, SamI2IModel
 from imedsam.processing.volumes import read_nifti
+from imedsam.training import translate as translate_module
 from imedsam.training.cli import app
 from imedsam.training.intervals import mean_interval
 from imedsam.training.translate import choose, find_series, load_translator, translate
@@ -297,6 +298,18 @@ def test_series(slices, volumes):
     assert [path.name for path in series[1].images] == ["c_0.tif", "c_1.tif"]
     assert [path.name for path in series[1].targets] == ["c_0.png", "c_1.png"]
     assert find_series(volumes / "t1.nii.gz")[0].name == "t1"
+
+
+def test_a_folder_of_volumes(folder, volumes, tmp_path, monkeypatch):
+    assert [(item.name, item.patient) for item in find_series(volumes)] == [("t1", "t1"), ("t2", "t2")]
+    aspects = []
+    monkeypatch.setattr(
+        translate_module, "save_translations", lambda path, rows, aspect: aspects.append((path.name, aspect))
+    )
+    result = run("--model", folder, "--image", volumes, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "out").glob("*.gz")} == {"t1.nii.gz", "t2.nii.gz"}
+    assert aspects == [("t1.png", 0.75), ("t2.png", 0.75)]  # rows are 1.5 mm apart, columns 2
 
 
 def test_which_slices_are_shown():

@@ -10,6 +10,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff
 
 from imedsam.processing.volumes import (
     get_patient,
+    get_series,
     get_stem,
     get_tissue_shares,
     is_nifti,
@@ -179,9 +180,24 @@ def test_patients_of_names():
         "x_y_3.tif": "x_y",
         "s_t1.nii.gz": "s",
         "IXI002-Guys.nii": "IXI002-Guys",
+        "sub-01_ses-02_T1w.nii.gz": "sub-01",
     }
     assert {name: get_patient(name) for name in names} == names
+    assert get_series("sub-01_ses-02_041.png") == "sub-01_ses-02" and get_series("x_y_3.tif") == "x_y"
     assert [get_stem(name) for name in ("a.b_1.nii.gz", "a.nii", "a.b.png")] == ["a.b_1", "a", "a.b"]
+
+
+def test_affines_that_place_nothing(tmp_path):
+    for affine in (np.zeros((4, 4)), np.diag([np.nan, 1, 1, 1])):
+        header = nibabel.Nifti1Header()
+        header.set_data_shape((3, 4, 5))
+        header["sform_code"], header["qform_code"] = 1, 0
+        for name, row in zip(("srow_x", "srow_y", "srow_z"), affine, strict=False):
+            header[name] = row
+        path = tmp_path / "a.nii"
+        path.write_bytes(header.binaryblock + bytes(4) + bytes(4 * 60))
+        with pytest.raises(ValueError, match="Expected an affine that places voxels in .*a.nii, got"):
+            read_nifti(path)
 
 
 def test_tissue_is_what_is_above_a_tenth_of_the_range():

@@ -174,8 +174,8 @@ def translate(
     image: Annotated[
         Path,
         typer.Option(
-            help='A slice, a folder of slices (PATIENT_SLICE.png: one name before the last "_" is one volume), or a '
-            "NIfTI volume."
+            help="A NIfTI volume or a slice, or a folder of either; slices named alike before the last _ are one "
+            "volume, as PATIENT_SLICE.png."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the results.")],
@@ -318,7 +318,7 @@ def publish(
         list[Path] | None,
         typer.Option(help="Folder that `imedsam evaluate` left, for the card; several times if many."),
     ] = None,
-    task: Annotated[str | None, typer.Option(help='What it segments, such as "polyps in colonoscopy".')] = None,
+    task: Annotated[str | None, typer.Option(help='What it is for, such as "polyps in colonoscopy".')] = None,
     data_terms: Annotated[str | None, typer.Option(help="Where the training data are from, on which terms.")] = None,
     picture: Annotated[
         Path | None, typer.Option(help="PNG for the card, such as a report's best.png, if its images may be shown.")

@@ -14,6 +14,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from imedsam.sam_checkpoints import read_config, refuse_damaged
+
 HEAD_WIDTH = 256
 SLOPE = 0.2  # of the leaky ReLUs
 
@@ -41,7 +43,24 @@ class ClipFeatures(nn.Module):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> ClipFeatures:
-        return cls(CLIPVisionModelWithProjection.from_pretrained(pretrained_model_name_or_path, **kwargs))
+        """
+        Raises:
+            ValueError: a checkpoint of another model, or one without all of CLIP's image encoder.
+        """
+        path = str(pretrained_model_name_or_path)
+        model_type = read_config(path, **kwargs).get("model_type")
+        if model_type not in ("clip", "clip_vision_model"):
+            raise ValueError(f"Expected a CLIP at {path}, got a model of type {model_type!r}: name one.")
+        with refuse_damaged(path):
+            # Declared to return the model alone.
+            loaded: Any = CLIPVisionModelWithProjection.from_pretrained(path, output_loading_info=True, **kwargs)
+        clip, found = loaded
+        if missing := sorted(found["missing_keys"]):  # which transformers filled at random
+            raise ValueError(
+                f"Expected CLIP's image encoder at {path}, got none of {', '.join(missing[:4])}: name another, or "
+                "copy or download it again."
+            )
+        return cls(clip)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """

@@ -2,8 +2,9 @@
 Pairs of slices of two contrasts, from two folders with files of equal names.
 
 A file is a slice (PNG or TIFF of 8 or 16 bits, or of 32) or a volume (`.nii`, `.nii.gz`). The patient is the part of
-its name before the last `_`, or the whole name without one: `PATIENT_017.png`, `PATIENT_scan2.nii.gz`. Intensities are
-scaled by the range of the volume: of a NIfTI file, or of all slices of a patient together.
+its name before the last `_`, or the whole name without one: `PATIENT_017.png`, `PATIENT_scan2.nii.gz`; in names as
+BIDS has them the subject, `sub-01_ses-02_017.png`. Intensities are scaled by the range of the volume: of a NIfTI file,
+or of all slices together whose names are the same before the last `_`.
 """
 
 import hashlib
@@ -26,9 +27,11 @@ from imedsam.processing.volumes import (
     NIFTI,
     TISSUE_SHARE,
     get_patient,
+    get_series,
     get_stem,
     get_tissue_shares,
     is_nifti,
+    is_one_place,
     read_nifti,
 )
 from imedsam.training.predict import read_image
@@ -129,7 +132,7 @@ def find_pairs(
     names = _equal_names(source, target)
     volumes: dict[str, list[str]] = {}  # which files are one volume
     for name in names:
-        volumes.setdefault(name if is_nifti(Path(name)) else f"{get_patient(name)}/", []).append(name)
+        volumes.setdefault(name if is_nifti(Path(name)) else f"{get_series(name)}/", []).append(name)
     pairs = []
     for files in tqdm(volumes.values(), desc="Reading volumes", disable=not progress):
         if is_nifti(Path(files[0])):
@@ -219,10 +222,10 @@ def _equal_names(source: Path, target: Path) -> list[str]:
 
 def _volume_pairs(source, target, processor, cache_dir, tissue_share):
     a, b = (_unpack(path, processor, cache_dir) for path in (source, target))
-    if a["shape"] != b["shape"]:
+    if a["shape"] != b["shape"] or not is_one_place(a["affine"], b["affine"]):
         raise ValueError(
-            f"Expected volumes of one size, got {a['shape']} in {source} and {b['shape']} in {target}: resample one "
-            "to the other's grid."
+            f"Expected volumes on one grid, got other sizes or places of {source}, {a['shape']}, and {target}, "
+            f"{b['shape']}: register and resample one to the other first."
         )
     stem = get_stem(source.name)
     return [
@@ -237,13 +240,14 @@ def _slice_of(volume, index):
 
 
 def _unpack(path, processor, cache_dir):
-    """A volume's `path` as .npy, its `shape`, its `range`, and the share of `tissue` of each slice."""
+    """A volume's `path` as .npy, its `shape` and `affine`, its `range`, and the share of `tissue` of each slice."""
     stat = path.stat()
     key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, processor.percentiles, BACKGROUND])
     unpacked = cache_dir / f"{get_stem(path.name)}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     about = unpacked.with_suffix(".json")
     if not about.exists():
-        slices = read_nifti(path).slices
+        volume = read_nifti(path)
+        slices = volume.slices
         if slices.dtype.kind == "f":
             slices = slices.astype(np.float32)
         low, high = _range_of(processor, list(slices), path)
@@ -251,8 +255,9 @@ def _unpack(path, processor, cache_dir):
         temporary = unpacked.with_suffix(f".{os.getpid()}.npy")
         np.save(temporary, slices)
         temporary.replace(unpacked)
+        grid = {"shape": slices.shape, "affine": volume.affine.tolist()}
         tissue = get_tissue_shares(slices, (low, high)).tolist()
-        write_json(about, {"shape": slices.shape, "range": [low, high], "tissue": tissue})
+        write_json(about, {**grid, "range": [low, high], "tissue": tissue})
     return {**json.loads(about.read_text()), "path": unpacked}
 
 

@@ -9,6 +9,7 @@ resumed ends with the same weights as one that was not.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ from imedsam.training.pairs import SlicePair, SlicePairs, batches_of_one_size, f
 from imedsam.training.report import weights_hash, write_report
 from imedsam.training.translation_arguments import parse_args
 from imedsam.training.translation_card import translation_card
-from imedsam.training.translation_metrics import slice_metrics
+from imedsam.training.translation_metrics import TRANSLATION_METRICS, mean_metrics, slice_metrics
 from imedsam.training.translators import TRANSLATORS, TranslationUNet, TranslationUNetConfig, find_translator
 
 
@@ -114,6 +115,11 @@ def prepare(args: argparse.Namespace) -> tuple:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[distribution],
     )
+    if accelerator.mixed_precision == "fp16" and not args.no_gan:  # which `accelerate launch` may have set
+        raise ValueError(
+            "Expected --mixed_precision bf16 or no with a discriminator, got fp16: one scale of the losses cannot "
+            "serve two optimisers."
+        )
     if not accelerator.is_main_process:
         transformers.utils.logging.set_verbosity_error()
     set_seed(args.seed)
@@ -265,8 +271,9 @@ def evaluate(accelerator, model, processor, pairs: Sequence[SlicePair], args) ->
 
 
 def get_means(rows: list[dict]) -> dict[str, float]:
-    """Of the slices."""
-    return {name: fmean(row[name] for row in rows) for name in rows[0] if name not in ("name", "patient")}
+    """Of the slices that have a value."""
+    values = {name: [row[name] for row in rows if not math.isnan(row[name])] for name in TRANSLATION_METRICS}
+    return {name: fmean(found) if found else math.nan for name, found in values.items()}
 
 
 def finish(accelerator, model, processor, pairs: dict[str, list[SlicePair]], args, state: TrainerState) -> None:
@@ -274,7 +281,13 @@ def finish(accelerator, model, processor, pairs: dict[str, list[SlicePair]], arg
     output_dir = Path(args.output_dir)
     model = accelerator.unwrap_model(model)
     if pairs["validation"]:
-        model = type(model).from_pretrained(find_best(accelerator, output_dir, state)).to(accelerator.device)
+        model = type(model).from_pretrained(find_best(accelerator, output_dir, state))
+    if accelerator.is_main_process:
+        model.save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)
+    accelerator.wait_for_everyone()
+    # As everyone else loads it: while it was trained, it computed in what --mixed_precision says.
+    model = type(model).from_pretrained(output_dir).to(accelerator.device)
     names = [args.model_name_or_path, None if args.no_gan else args.clip_name_or_path]
     report = {
         "arguments": vars(args),
@@ -293,9 +306,9 @@ def finish(accelerator, model, processor, pairs: dict[str, list[SlicePair]], arg
         if pairs[split]:
             rows = evaluate(accelerator, model, processor, pairs[split], args)
             report[split], report[f"{split}_slices"] = get_means(rows), rows
+            intervals = mean_metrics(rows, [row["patient"] for row in rows])
+            report[f"{split}_intervals"] = {name: [one.low, one.high] for name, one in intervals.items()}
     if accelerator.is_main_process:
-        model.save_pretrained(output_dir)
-        processor.save_pretrained(output_dir)
         report["weights"] = weights_hash(str(output_dir))
         write_report(output_dir, report, translation_card, score="psnr")
     accelerator.wait_for_everyone()

@@ -20,6 +20,7 @@ from imedsam.processing.volumes import (
     TISSUE_SHARE,
     Volume,
     get_patient,
+    get_series,
     get_stem,
     get_tissue_shares,
     is_nifti,
@@ -43,12 +44,14 @@ class Series:
     What shares an intensity range: the slices of one patient, or a volume.
 
     Args:
-        name: of the patient, or of the NIfTI file.
+        name: what the slices' names share, or that of the NIfTI file.
+        patient: whose it is.
         images: a file per slice, or one NIfTI file.
         targets: the same of the true contrast, if that is known.
     """
 
     name: str
+    patient: str
     images: Sequence[Path]
     targets: Sequence[Path] | None = None
 
@@ -70,8 +73,8 @@ def translate_to_folder(
 
     Args:
         model: folder or Hub name of a SAM-I2I.
-        image: a slice, a folder of slices (those of one patient have names that differ after the last "_" alone), or
-            a NIfTI volume.
+        image: a slice, a folder of slices (those of one volume have names that differ after the last "_" alone), a
+            NIfTI volume, or a folder of such.
         output: a new folder.
         target: the true contrast on the same grid, a file or a folder like the image, to compare with.
         intensity_range: (low, high) of what is written to a volume; [0, 1] by default.
@@ -88,7 +91,7 @@ def translate_to_folder(
     """
     series = find_series(image, target)
     check_targets(series)
-    if intensity_range is not None and not is_nifti(image):
+    if intensity_range is not None and not is_nifti(series[0].images[0]):
         raise ValueError(
             f"Expected an intensity range for a NIfTI volume, got one for {image}: what is written of slices goes "
             "from 0 to the largest value that their PNG can have."
@@ -191,33 +194,39 @@ def load_translator(
 
 def find_series(image: Path, target: Path | None = None) -> list[Series]:
     """
-    The slices of a folder by patients, or one slice or volume.
+    The volumes, or the slices by the volumes that they are of.
 
     Raises:
         ValueError: no such files, or images without a target.
     """
-    images = find_images(image)
+    images = find_files(image)
     if target is None:
         targets = {}
     elif target.is_dir() != image.is_dir() or is_nifti(target) != is_nifti(image):
         raise ValueError(f"Expected a target like the image {image}, got {target}: two files, volumes or folders.")
     elif target.is_dir():
-        named = {path.stem: path for path in find_images(target)}
-        if missing := [path.name for path in images if path.stem not in named]:
+        named = {get_stem(path.name): path for path in find_files(target)}
+        if missing := [path.name for path in images if get_stem(path.name) not in named]:
             raise ValueError(
                 f"Expected a target of the same name for each image, got none in {target} for "
                 f"{', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}."
             )
-        targets = {path: named[path.stem] for path in images}
+        targets = {path: named[get_stem(path.name)] for path in images}
     else:
-        targets = {image: find_images(target)[0]}
-    patients: dict[str, list[Path]] = {}
+        targets = {image: find_files(target)[0]}
+    series: dict[str, list[Path]] = {}
     for path in images:
-        patients.setdefault(get_stem(path.name) if is_nifti(path) else get_patient(path.name), []).append(path)
+        series.setdefault(get_stem(path.name) if is_nifti(path) else get_series(path.name), []).append(path)
     return [
-        Series(name, files, None if target is None else [targets[path] for path in files])
-        for name, files in patients.items()
+        Series(name, get_patient(files[0].name), files, None if target is None else [targets[path] for path in files])
+        for name, files in series.items()
     ]
+
+
+def find_files(path: Path) -> list[Path]:
+    """The slice or volume itself, or the volumes of a folder, or else its slices."""
+    volumes = sorted(file for file in path.iterdir() if is_nifti(file)) if path.is_dir() else []
+    return volumes or find_images(path)
 
 
 def check_targets(series: Sequence[Series]) -> None:
@@ -275,15 +284,21 @@ def _translate_series(
         rows[name] = {} if volume is None else {"tissue": counted[index]}
         if labels is not None:
             rows[name] |= slice_metrics(outputs[index], labels[index])
-    return {"intensity_range": processor.get_intensity_range(slices), "slices": rows}
+    return {"patient": series.patient, "intensity_range": processor.get_intensity_range(slices), "slices": rows}
 
 
 def _means(volumes: dict[str, dict]) -> dict:
     rows = [
-        (name, row) for name, volume in volumes.items() for row in volume["slices"].values() if row.get("tissue", True)
+        (volume["patient"], row)
+        for volume in volumes.values()
+        for row in volume["slices"].values()
+        if row.get("tissue", True)
     ]
-    means = mean_metrics([row for _, row in rows], [name for name, _ in rows])
-    return {"num_patients": len({name for name, _ in rows}), "mean": {key: vars(mean) for key, mean in means.items()}}
+    means = mean_metrics([row for _, row in rows], [patient for patient, _ in rows])
+    return {
+        "num_patients": len({patient for patient, _ in rows}),
+        "mean": {key: vars(mean) for key, mean in means.items()},
+    }
 
 
 def choose(counted: Sequence[bool], number: int) -> list[int]:

@@ -78,11 +78,6 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
             "argument --model_name_or_path: Expected a checkpoint for a backbone that is not trained, got none: name "
             "one, or add --config train_backbone=true to start from nothing"
         )
-    if args.mixed_precision == "fp16" and not args.no_gan:
-        parser.error(
-            "argument --mixed_precision: Expected bf16 or no with a discriminator, got fp16: one scale of the losses "
-            "cannot serve two optimisers"
-        )
     return args
 
 

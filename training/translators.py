@@ -97,8 +97,8 @@ class TranslationUNet(PreTrainedModel):
                 f"Expected pixel_values with sides that are multiples of {divisor}, got {tuple(pixel_values.shape)}: "
                 f"SamI2IImageProcessor(size_divisor={divisor}) makes them."
             )
-        reconstruction = self.network(pixel_values.to(self.dtype)).sigmoid()
-        loss = None if labels is None else F.l1_loss(reconstruction, labels.to(reconstruction.dtype))
+        reconstruction = self.network(pixel_values.to(self.dtype)).float().sigmoid()
+        loss = None if labels is None else F.l1_loss(reconstruction, labels.float())
         return ImageSuperResolutionOutput(loss=loss, reconstruction=reconstruction)
 
     @torch.no_grad()
