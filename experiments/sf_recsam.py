@@ -5,9 +5,9 @@ further clicks or learnt; and I-MedSAM with boxes, with and without the same cor
 
     python experiments/sf_recsam.py [--test]
 
-Cost: 24 runs of its own at 256 pixels, for a GPU, and the main table's pixel decoder on BUSI. The learned corrector is
-a second stage: its runs need those of SF-RecSAM. Expected: not known; no numbers are published in our sources, so what
-counts are the differences between rows.
+Cost: 10 runs of its own at 256 pixels, 5 to 60 minutes each on one core, longest with the convolutional branch, and
+the main table's pixel decoder on BUSI. The learned corrector is a second stage: its run needs that of SF-RecSAM.
+Expected: no numbers are published in our sources, so what counts are the differences between rows.
 """
 
 from runner import main
@@ -25,7 +25,7 @@ FUSIONS = {
 
 def sf_recsam(fusion: str, flags: str = "") -> tuple[Run, ...]:
     config = f"--config train_mask_decoder=true fusion={fusion}"
-    return seeds(Run("sf_recsam", "busi", flags=f"{CLICK} {config} {flags}"), 0, 1, 2)
+    return (Run("sf_recsam", "busi", flags=f"{CLICK} {config} {flags}"),)
 
 
 SAM = Run("sam_decoder", "busi", flags=f"{CLICK} --config lora_rank=0 frequency_view=null")
