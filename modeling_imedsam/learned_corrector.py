@@ -39,7 +39,8 @@ class LearnedCorrector(nn.Module):
         entropy = statistics.entropy
         seen = [features, logits, statistics.mean, entropy]
         places = torch.cat([values.to(features.dtype) for values in seen], dim=1).movedim(1, -1)
-        lowered, raised = (head(places).movedim(-1, 1) for head in (self.false_positive, self.false_negative))
+        heads = (self.false_positive, self.false_negative)
+        of_the_mask, of_the_rest = (head(places).movedim(-1, 1) for head in heads)
         certain = entropy.masked_fill(~inside, torch.inf).amin(dim=(-2, -1), keepdim=True)
         suspicious = suspicious_places(torch.where(inside, entropy, certain), self.suspicion)
-        return logits + suspicious * torch.where(logits > 0, -lowered, raised)
+        return logits + suspicious * torch.where(logits > 0, -of_the_mask, of_the_rest)
